@@ -1,0 +1,130 @@
+"""What follows from a config and a number of ranks: batch arithmetic, length of the run, DeepSpeed's own config. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """global batch = micro-batch × accumulation × ranks."""
+
+    ranks: int
+    samples: int
+    """Global batch, in samples."""
+    micro: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int
+    """Optimizer steps of the whole run."""
+    warmup_steps: int
+    decay_steps: int
+    """Length of the decay phase; `steps - warmup_steps` for cosine and linear, 0 for constant."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+
+def arithmetic(config: RunConfig, ranks: int) -> Arithmetic:
+    """Batch arithmetic of `config` on `ranks` processes.
+
+    Raises:
+        ConfigError: the global batch does not divide; the sentence names the nearest sizes that do.
+    """
+    samples, micro = config.batch.samples, config.batch.micro
+    per_pass = micro * ranks
+    if samples % per_pass:
+        below, above = samples // per_pass * per_pass, -(-samples // per_pass) * per_pass
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            [
+                (
+                    "batch.samples",
+                    f"{samples} samples do not divide into micro-batches of {micro} on {ranks} ranks "
+                    f"({micro} × {ranks} = {per_pass}); use {nearest}, or another batch.micro",
+                )
+            ]
+        )
+    tokens_per_step = samples * config.data.sequence_length
+    schedule = config.schedule
+
+    def steps_of(amount: int) -> int:
+        return amount if schedule.unit == "steps" else -(-amount // tokens_per_step)
+
+    steps = steps_of(schedule.duration)
+    warmup = steps_of(schedule.warmup)
+    if warmup > steps:
+        raise ConfigError(
+            [("schedule.warmup", f"the warm-up of {warmup} steps is longer than the run of {steps}; shorten it")]
+        )
+    match schedule.kind:
+        case "constant":
+            decay = 0
+        case "wsd":
+            decay = steps_of(schedule.decay) if schedule.decay is not None else steps // 5
+            if warmup + decay > steps:
+                raise ConfigError(
+                    [
+                        (
+                            "schedule.decay",
+                            f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than the run of {steps}",
+                        )
+                    ]
+                )
+        case _:
+            decay = steps - warmup
+    return Arithmetic(
+        ranks=ranks,
+        samples=samples,
+        micro=micro,
+        accumulation=samples // per_pass,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        warmup_steps=warmup,
+        decay_steps=decay,
+    )
+
+
+def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: Precision) -> dict[str, Any]:
+    """The DeepSpeed configuration: what the trainer passes to `deepspeed.initialize`, and what `deepspeed.json` shows."""
+    numbers = arithmetic(config, ranks)
+    on_gpu = device == "cuda"
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.stage:
+        zero |= {
+            "overlap_comm": config.zero.overlap and on_gpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.zero.bucket_elements,
+            "allgather_bucket_size": config.zero.bucket_elements,
+        }
+    if config.zero.stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": config.zero.bucket_elements, "stage3_gather_16bit_weights_on_model_save": False}
+    if config.zero.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    result: dict[str, Any] = {
+        "train_batch_size": numbers.samples,
+        "train_micro_batch_size_per_gpu": numbers.micro,
+        "gradient_accumulation_steps": numbers.accumulation,
+        # DeepSpeed clips at 1.0 when this is absent
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    if precision == "bf16":
+        result["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        result["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return result

@@ -1,0 +1,291 @@
+"""The options of a run, in the order in which data flows through it. Frozen, strict and free of torch.
+
+The text under a field is its documentation; `docs/config.md` is generated from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of options: unknown names are refused, values never change, types are not guessed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One source of text. Exactly one of `stdlib`, `files` and `hub` is given."""
+
+    name: str | None = None
+    """Name in reports; by default made from the source itself."""
+    stdlib: bool = False
+    """Source files of the running Python's standard library: real text that every machine has."""
+    files: tuple[str, ...] = ()
+    """Paths and globs (`**` allowed), relative to the config file: txt, md, rst, py, jsonl, json, csv, tsv, parquet; also .gz, .bz2, .xz, .zst."""
+    hub: str | None = None
+    """Dataset id on the Hugging Face hub, or a directory in its layout."""
+    hub_config: str | None = None
+    """Configuration name of the hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset."""
+    column: str | None = None
+    """Column of a record that holds the text (jsonl, csv, parquet, hub). Default: `text`."""
+    template: str | None = None
+    """Jinja2 template that makes the text from a record, instead of `column`: `"{{ title }}\\n\\n{{ body }}"`."""
+    weight: PositiveFloat = 1.0
+    """How often each sample of this source is seen in one epoch: 2 is twice, 0.5 is one half in each epoch (another half in the next)."""
+
+
+class CleanConfig(Section):
+    """What is repaired and what is left out before tokenising; every removal is counted in the report."""
+
+    unicode: bool = True
+    """Repair mis-decoded text (mojibake), normalise to NFC, drop control characters other than tab and newline."""
+    min_characters: NonNegativeInt = 32
+    """Shorter documents are left out."""
+    max_characters: PositiveInt | None = None
+    """Longer documents are left out. None: no limit."""
+    max_repetition: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Documents in which more than this fraction of the lines are repeats of another line of the document are left out (only where there are ≥ 10 lines)."""
+    min_letters: Fraction = 0.2
+    """Documents in which fewer than this fraction of the non-space characters are letters (of any script) are left out."""
+    exact_duplicates: bool = True
+    """Leave out documents equal to an earlier one."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.85
+    """Leave out documents whose estimated Jaccard similarity (word 5-grams, MinHash) to an earlier one is at least this. None: off."""
+
+
+class TrainTokenizerConfig(Section):
+    """A byte-level BPE tokenizer trained on the run's own text."""
+
+    vocabulary: Annotated[int, Field(ge=260)] = 4096
+    """Size of the vocabulary, special tokens included."""
+    max_characters: PositiveInt = 50_000_000
+    """Text to train on, taken evenly over the documents."""
+
+
+class TokenizerConfig(Section):
+    """Exactly one of `path` and `train`. None of both: the tokenizer of `model.pretrained`."""
+
+    path: str | None = None
+    """Directory, `tokenizer.json` or hub id."""
+    train: TrainTokenizerConfig | None = None
+    """Train one here."""
+
+
+class DataConfig(Section):
+    """From text to fixed-length samples."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the text comes from."""
+    clean: CleanConfig = CleanConfig()
+    """Repairs and limits."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How text becomes tokens."""
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens in a sample."""
+    boundaries: Literal["join", "positions", "block"] = "positions"
+    """Documents within a sample: `join` ignores them; `positions` restarts the positions at each; `block` also keeps attention inside each document and predicts nothing across."""
+    held_out: Fraction = 0.01
+    """Fraction of the documents kept for evaluation (by a hash of the text, so that it does not move when data is added)."""
+    shuffle: bool = True
+    """Seeded permutation of the samples in every epoch. False: in the order of the sources."""
+    exclude_batches: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
+    """Ranges [first, last] of batch indices that are left out from the start."""
+    prepared: str = "data-cache"
+    """Folder for prepared data, relative to the working directory; shared by runs."""
+    accept_changed: bool = False
+    """Go on although the data is not what it was when this run began."""
+    workers: NonNegativeInt | None = None
+    """Processes that prepare data. None: one a core."""
+    prefetch: NonNegativeInt = 2
+    """Batches read ahead in a thread of each rank. 0: read when asked."""
+
+
+class ModelConfig(Section):
+    """Any causal or masked language model of transformers. Exactly one of `config` and `pretrained`."""
+
+    config: dict[str, Any] | None = None
+    """From scratch: fields of the transformers configuration, `model_type` among them. `vocab_size` is taken from the tokenizer where it is not given."""
+    pretrained: str | None = None
+    """Directory, hub id, or path to a .gguf file."""
+    overrides: dict[str, Any] = {}
+    """With `pretrained`: configuration fields to change (dropout, attention soft-capping, …)."""
+    initialisation: Literal["default", "residual-scaled"] = "default"
+    """From scratch: `residual-scaled` divides the standard deviation of the layers that write to the residual stream by √(2·layers) (GPT-2)."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention implementation of transformers."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Leave off unless you have read it."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    kind: Literal["causal", "masked"] = "causal"
+    """Next token, or masked tokens."""
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Masked objective: fraction of each sample's tokens that are predicted (80 % masked, 10 % random, 10 % kept)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared log-partition (PaLM: 1e-4); keeps the logits from drifting."""
+    l1: NonNegativeFloat = 0.0
+    """Weight of the sum of absolute decayed parameters, added to the loss."""
+    l2: NonNegativeFloat = 0.0
+    """Weight of half the sum of squared decayed parameters, added to the loss (unlike decoupled weight decay it passes through Adam)."""
+
+
+class BatchConfig(Section):
+    """global batch = micro-batch × accumulation × ranks; accumulation follows."""
+
+    samples: PositiveInt
+    """Samples that one optimizer step consumes over all ranks (the global batch)."""
+    micro: PositiveInt
+    """Samples in one forward pass of one rank."""
+
+
+class OptimConfig(Section):
+    """AdamW (torch; fused on a GPU; DeepSpeed's CPU Adam with offload)."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; norms, biases and embeddings are spared."""
+    decay_embeddings: bool = False
+    """Decay embeddings too."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over time, and the length of the run, in one unit."""
+
+    unit: Literal["steps", "tokens"] = "steps"
+    """What the numbers below count: optimizer steps, or tokens (samples × sequence length)."""
+    duration: PositiveInt
+    """Length of the run."""
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine or linear decay to the floor; warm-up–stable–decay; constant."""
+    warmup: NonNegativeInt = 0
+    """Linear rise from 0 to the peak."""
+    decay: PositiveInt | None = None
+    """`wsd`: length of the final linear decay. Default: a fifth of the duration."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Lowest learning rate at the end of the decay, as a fraction of the peak."""
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards the training state."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0: replicated; 1: optimizer sharded; 2: gradients too; 3: weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep the optimizer (`optimizer`), and under stage 3 the weights too (`all`), in host memory."""
+    overlap: bool = True
+    """Reduce gradients while the backward pass goes on (GPU only)."""
+    bucket_elements: PositiveInt = 50_000_000
+    """Elements in one reduction or gathering."""
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    nodes: PositiveInt = 1
+    """Machines."""
+    ranks_per_node: PositiveInt = 1
+    """Processes on each, one a GPU where there are GPUs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where every rank of the node can have one, else CPU."""
+    threads_per_rank: PositiveInt | None = None
+    """Compute threads of a rank on CPU. None: cores over ranks."""
+
+
+class EvaluationConfig(Section):
+    """Held-out loss and perplexity, exact over all ranks."""
+
+    every: PositiveInt | None = 500
+    """Steps between evaluations; there is always one at the end. None: only at the end."""
+    max_samples: PositiveInt | None = None
+    """Evaluate on the first so many held-out samples. None: all."""
+
+
+class CheckpointConfig(Section):
+    """Saving to disk."""
+
+    every: PositiveInt | None = 500
+    """Steps between checkpoints; there is always one at the end and when asked to stop. None: only then."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class TelemetryConfig(Section):
+    """What is recorded. None of it changes the training."""
+
+    norms_every: PositiveInt = 1
+    """Steps between records of every parameter's gradient norm in the ledger (they are measured on every step)."""
+    weights_every: PositiveInt | None = 50
+    """Steps between records of parameter norms and update-to-weight ratios. None: never."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    console: Literal["auto", "live", "lines", "quiet"] = "auto"
+    """Live display on a terminal, one line a record elsewhere."""
+
+
+class GuardConfig(Section):
+    """What happens to gradients that must not be applied."""
+
+    max_consecutive_skips: NonNegativeInt = 10
+    """Attempts with non-finite gradients that are skipped in a row before the run halts with a diagnosis."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    """Name of the run and, under `runs`, of its directory."""
+    stage: Literal["pretrain"] = "pretrain"
+    """What kind of run it is."""
+    seed: NonNegativeInt = 0
+    """Seed of everything: initialisation, data order, dropout, masking."""
+    runs: str = "runs"
+    """Folder of run directories, relative to the working directory."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp32 elsewhere."""
+    data: DataConfig
+    """Data."""
+    model: ModelConfig
+    """Model."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Objective."""
+    batch: BatchConfig
+    """Batch."""
+    optim: OptimConfig
+    """Optimizer."""
+    schedule: ScheduleConfig
+    """Schedule."""
+    zero: ZeroConfig = ZeroConfig()
+    """Sharding."""
+    guard: GuardConfig = GuardConfig()
+    """Guard."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """Telemetry."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Cluster."""
