@@ -129,3 +129,44 @@ class Outcome:
     """Name of the newest committed checkpoint directory, relative to the run directory."""
     held_out_loss: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterFacts:
+    """One trainable parameter, as the plan, the optimizer groups and the ledger know it."""
+
+    name: str
+    shape: tuple[int, ...]
+    decay: bool
+    """Whether weight decay and the L1 and L2 penalties act on it."""
+
+    @property
+    def num_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is, without having it: the content of `model.json` in the run directory."""
+
+    model_type: str
+    parameters: tuple[ParameterFacts, ...]
+    """Trainable parameters in `named_parameters` order; tied weights once."""
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocabulary: int
+    max_positions: int | None
+    """Longest sequence that the positions allow; None: no limit."""
+    matmul_parameters: int
+    """Parameters that take part in matrix products for each token: all 2-D weights but look-up embeddings; a tied output head counts."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.num_elements for parameter in self.parameters)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of forward and backward per token: 6·N for the matrix products plus 12·layers·hidden·length for attention
+        (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
+        return 6.0 * self.matmul_parameters + 12.0 * self.num_layers * self.hidden_size * sequence_length
