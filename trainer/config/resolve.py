@@ -1,4 +1,4 @@
-"""What follows from a config and a number of ranks: batch arithmetic, length of the run, DeepSpeed's own config. Pure."""
+"""What follows from a config and a number of ranks: batch arithmetic, length of the run, DeepSpeed's config. Pure."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def arithmetic(config: RunConfig, ranks: int) -> Arithmetic:
 
 
 def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: Precision) -> dict[str, Any]:
-    """The DeepSpeed configuration: what the trainer passes to `deepspeed.initialize`, and what `deepspeed.json` shows."""
+    """The DeepSpeed configuration that the trainer passes to `deepspeed.initialize`, and that `deepspeed.json` shows."""
     numbers = arithmetic(config, ranks)
     on_gpu = device == "cuda"
     zero: dict[str, Any] = {"stage": config.zero.stage}
@@ -106,7 +106,10 @@ def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: P
             "allgather_bucket_size": config.zero.bucket_elements,
         }
     if config.zero.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": config.zero.bucket_elements, "stage3_gather_16bit_weights_on_model_save": False}
+        zero |= {
+            "stage3_prefetch_bucket_size": config.zero.bucket_elements,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.zero.offload == "all":
