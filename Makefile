@@ -1,0 +1,64 @@
+# make demo     install, then train a small model on Python's own standard library (about six minutes on two cores)
+# make install  .venv with everything that a run needs
+# make test     the tests          make check  lint, types, import directions
+# make bench    the figures of benchmarks/results          make clean  forget caches; environment and runs stay
+#
+# On a GPU machine whose driver needs another build of torch:
+#   make demo TORCH="torch==2.13.0" PIP_FLAGS="--index-url URL-OF-THAT-BUILD"
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c $(VENV)/constraints.txt
+
+.PHONY: demo install install-dev test check bench clean FORCE
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/trimtab run configs/quickstart.yaml
+
+install: $(VENV)/installed
+
+install-dev: $(VENV)/installed-dev
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/data.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find launcher trainer tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Written again only when its content changes, so that another TORCH installs again and the same one does not.
+$(VENV)/constraints.txt: FORCE | $(BIN)/python
+	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } | cmp -s - $@ || { grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $@
+
+# torch first: whatever comes after then finds it and leaves it alone. DS_BUILD_OPS=0: DeepSpeed compiles the few
+# operators that it needs when they are first used, for the torch that is there.
+$(VENV)/installed: pyproject.toml $(VENV)/constraints.txt
+	$(INSTALL) '$(TORCH)'
+	DS_BUILD_OPS=0 $(INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev]'
+	@touch $@
+
+FORCE:
