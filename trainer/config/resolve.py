@@ -94,7 +94,7 @@ def arithmetic(config: RunConfig, ranks: int) -> Arithmetic:
 
 
 def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: Precision) -> dict[str, Any]:
-    """The DeepSpeed configuration that the trainer passes to `deepspeed.initialize`, and that `deepspeed.json` shows."""
+    """The DeepSpeed configuration that the trainer passes to `deepspeed.initialize` and `deepspeed.json` shows."""
     numbers = arithmetic(config, ranks)
     on_gpu = device == "cuda"
     zero: dict[str, Any] = {"stage": config.zero.stage}

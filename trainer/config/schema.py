@@ -30,7 +30,7 @@ class SourceConfig(Section):
     stdlib: bool = False
     """Source files of the running Python's standard library: real text that every machine has."""
     files: tuple[str, ...] = ()
-    """Paths and globs (`**` allowed), relative to the config file: txt, md, rst, py, jsonl, json, csv, tsv, parquet; also .gz, .bz2, .xz, .zst."""
+    """Paths and globs (`**` allowed): txt, md, rst, py, jsonl, json, csv, tsv, parquet; also .gz, .bz2, .xz, .zst."""
     hub: str | None = None
     """Dataset id on the Hugging Face hub, or a directory in its layout."""
     hub_config: str | None = None
@@ -42,7 +42,8 @@ class SourceConfig(Section):
     template: str | None = None
     """Jinja2 template that makes the text from a record, instead of `column`: `"{{ title }}\\n\\n{{ body }}"`."""
     weight: PositiveFloat = 1.0
-    """How often each sample of this source is seen in one epoch: 2 is twice, 0.5 is one half in each epoch (another half in the next)."""
+    """How often each sample of this source is seen in one epoch: 2 is twice, 0.5 is one half in each epoch (another
+    half in the next)."""
 
 
 class CleanConfig(Section):
@@ -55,13 +56,16 @@ class CleanConfig(Section):
     max_characters: PositiveInt | None = None
     """Longer documents are left out. None: no limit."""
     max_repetition: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Documents in which more than this fraction of the lines are repeats of another line of the document are left out (only where there are ≥ 10 lines)."""
+    """Documents in which more than this fraction of the lines are repeats of another line of the document are left
+    out (only where there are ≥ 10 lines)."""
     min_letters: Fraction = 0.2
-    """Documents in which fewer than this fraction of the non-space characters are letters (of any script) are left out."""
+    """Documents in which fewer than this fraction of the non-space characters are letters (of any script) are left
+    out."""
     exact_duplicates: bool = True
     """Leave out documents equal to an earlier one."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.85
-    """Leave out documents whose estimated Jaccard similarity (word 5-grams, MinHash) to an earlier one is at least this. None: off."""
+    """Leave out documents whose estimated Jaccard similarity (word 5-grams, MinHash) to an earlier one is at least
+    this. None: off."""
 
 
 class TrainTokenizerConfig(Section):
@@ -94,9 +98,11 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens in a sample."""
     boundaries: Literal["join", "positions", "block"] = "positions"
-    """Documents within a sample: `join` ignores them; `positions` restarts the positions at each; `block` also keeps attention inside each document and predicts nothing across."""
+    """Documents within a sample: `join` ignores them; `positions` restarts the positions at each; `block` also
+    keeps attention inside each document and predicts nothing across."""
     held_out: Fraction = 0.01
-    """Fraction of the documents kept for evaluation (by a hash of the text, so that it does not move when data is added)."""
+    """Fraction of the documents kept for evaluation (by a hash of the text, so that it does not move when data is
+    added)."""
     shuffle: bool = True
     """Seeded permutation of the samples in every epoch. False: in the order of the sources."""
     exclude_batches: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
@@ -115,13 +121,15 @@ class ModelConfig(Section):
     """Any causal or masked language model of transformers. Exactly one of `config` and `pretrained`."""
 
     config: dict[str, Any] | None = None
-    """From scratch: fields of the transformers configuration, `model_type` among them. `vocab_size` is taken from the tokenizer where it is not given."""
+    """From scratch: fields of the transformers configuration, `model_type` among them. `vocab_size` is taken from
+    the tokenizer where it is not given."""
     pretrained: str | None = None
     """Directory, hub id, or path to a .gguf file."""
     overrides: dict[str, Any] = {}
     """With `pretrained`: configuration fields to change (dropout, attention soft-capping, …)."""
     initialisation: Literal["default", "residual-scaled"] = "default"
-    """From scratch: `residual-scaled` divides the standard deviation of the layers that write to the residual stream by √(2·layers) (GPT-2)."""
+    """From scratch: `residual-scaled` divides the standard deviation of the layers that write to the residual
+    stream by √(2·layers) (GPT-2)."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation of transformers."""
     activation_checkpointing: bool = False
@@ -142,7 +150,8 @@ class ObjectiveConfig(Section):
     l1: NonNegativeFloat = 0.0
     """Weight of the sum of absolute decayed parameters, added to the loss."""
     l2: NonNegativeFloat = 0.0
-    """Weight of half the sum of squared decayed parameters, added to the loss (unlike decoupled weight decay it passes through Adam)."""
+    """Weight of half the sum of squared decayed parameters, added to the loss (unlike decoupled weight decay it
+    passes through Adam)."""
 
 
 class BatchConfig(Section):
@@ -253,7 +262,11 @@ class GuardConfig(Section):
 
 
 class RunConfig(Section):
-    """One run."""
+    """One run.
+
+    Paths to text, tokenizers and models are relative to the config file (in an override: to the working directory);
+    `runs` and `data.prepared` are relative to the working directory. `load_config` makes all of them absolute.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the run and, under `runs`, of its directory."""
