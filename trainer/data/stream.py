@@ -1,0 +1,204 @@
+"""This rank's part of each global batch, read ahead in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from trainer.config.schema import ObjectiveConfig
+from trainer.data.masking import Masking
+from trainer.data.order import Order, Quarantine
+from trainer.data.samples import IGNORED, Samples
+from trainer.errors import ConfigError, WorkerDiedError
+from trainer.records import Batch, IntArray
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Reader:
+    """Samples as inputs and labels of an objective."""
+
+    def __init__(self, samples: Samples, objective: ObjectiveConfig, seed: int):
+        """
+        Raises:
+            ConfigError: the masked objective is asked to keep attention inside documents.
+            DataError: the masked objective without a mask token.
+        """
+        if objective.kind == "masked" and samples.boundaries == "block":
+            problem = (
+                "`block` needs a causal model: transformers derives no block-diagonal mask for the masked objective"
+            )
+            raise ConfigError([("data.boundaries", problem + "; use `positions` or `join`")])
+        self.samples = samples
+        self._masking = Masking(samples, objective.mask_fraction, seed) if objective.kind == "masked" else None
+
+    def fetch(self, ids: IntArray, visits: IntArray) -> dict[str, IntArray]:
+        """Arrays [n, L] of the samples `ids`; `visits` [n] tells masks of the same sample apart."""
+        return self._masking.fetch(ids, visits) if self._masking else self.samples.fetch(ids)
+
+    def num_targets(self, ids: IntArray) -> int:
+        """Predicted tokens of `fetch(ids, …)`."""
+        return self._masking.num_targets(ids) if self._masking else self.samples.num_targets(ids)
+
+
+class Stream:
+    """Batches for ever. Micro-step k of rank r takes the in-batch places (k·ranks + r)·micro … +micro."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        *,
+        batch: int,
+        micro: int,
+        rank: int,
+        ranks: int,
+        objective: ObjectiveConfig,
+        seed: int,
+        next_batch: int = 0,
+        quarantine: Quarantine | None = None,
+        prefetch: int = 2,
+    ):
+        """
+        Args:
+            batch: samples in a global batch; a multiple of micro · ranks.
+            next_batch: index of the first batch; where it is in quarantine, the next allowed one.
+            prefetch: batches read ahead. 0: each is read when it is asked for.
+        """
+        assert batch % (micro * ranks) == 0
+        assert order.sizes == samples.sizes
+        self._reader = Reader(samples, objective, seed)
+        self._order = order
+        self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
+        self._quarantine = quarantine or Quarantine()
+        self._next = next_batch
+        self._ahead = _Ahead(self._batches(next_batch), prefetch, f"data-rank-{rank}") if prefetch else None
+        self._source = self._batches(next_batch)
+
+    @property
+    def next_batch(self) -> int:
+        """Index after the last batch that was handed out."""
+        return self._next
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            WorkerDiedError: the reading thread has ended; its exception is the cause.
+        """
+        started = time.perf_counter()
+        result = self._ahead.take() if self._ahead else next(self._source)
+        self._next = result.batch_index + 1
+        return replace(result, seconds_waiting=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """End the reading thread and wait for it."""
+        if self._ahead:
+            self._ahead.close()
+
+    def _batches(self, index: int) -> Iterator[Batch]:
+        while True:
+            index = self._quarantine.next_allowed(index)
+            yield self._read(index)
+            index += 1
+
+    def _read(self, index: int) -> Batch:
+        ids = self._order.batch(index, self._batch)
+        positions = np.arange(index * self._batch, (index + 1) * self._batch)
+        # [accumulation, ranks, micro]: this rank's column
+        mine = positions.reshape(-1, self._ranks, self._micro)[:, self._rank] - positions[0]
+        arrays = self._reader.fetch(ids[mine.ravel()], positions[mine.ravel()])
+        return Batch(
+            batch_index=index,
+            epoch=self._order.epoch_of(int(positions[0])),
+            samples=ids,
+            num_targets=self._reader.num_targets(ids),
+            micro_batches=tuple(
+                {name: array[start : start + self._micro] for name, array in arrays.items()}
+                for start in range(0, mine.size, self._micro)
+            ),
+        )
+
+
+class _Ahead:
+    """A thread that reads a few batches ahead."""
+
+    def __init__(self, source: Iterator[Batch], limit: int, name: str):
+        self._source, self._limit = source, limit
+        self._ready: deque[Batch] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for batch in self._source:
+                with self._changed:
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._closing or len(self._ready) < self._limit)
+                    if self._closing:
+                        return
+        except BaseException as error:  # noqa: BLE001 - raised again where the batch is asked for
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def take(self) -> Batch:
+        with self._changed:
+            while not self._ready:
+                if self._error is not None or not self._thread.is_alive():
+                    reason = (
+                        f"{type(self._error).__name__}: {self._error}" if self._error else "it ended without a word"
+                    )
+                    raise WorkerDiedError(
+                        f"the thread {self._thread.name} that reads data died: {reason}"
+                    ) from self._error
+                self._changed.wait(_SECONDS_BETWEEN_LOOKS)
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+
+def num_evaluation_batches(samples: Samples, *, micro: int, ranks: int, max_samples: int | None) -> int:
+    """How many micro-batches each rank evaluates."""
+    return -(-min(len(samples), max_samples or len(samples)) // (micro * ranks))
+
+
+def evaluation_batches(
+    samples: Samples,
+    *,
+    micro: int,
+    rank: int,
+    ranks: int,
+    max_samples: int | None,
+    objective: ObjectiveConfig,
+    seed: int,
+) -> Iterator[dict[str, IntArray]]:
+    """This rank's micro-batches of an evaluation: every sample once over all ranks, equally many micro-batches on each.
+
+    `max_samples` are spread evenly over the split. A place that the remainder leaves empty holds a sample without labels.
+    """
+    reader = Reader(samples, objective, seed)
+    total = min(len(samples), max_samples or len(samples))
+    chosen = np.arange(total) * len(samples) // total
+    for step in range(num_evaluation_batches(samples, micro=micro, ranks=ranks, max_samples=max_samples)):
+        places = (step * ranks + rank) * micro + np.arange(micro)
+        arrays = reader.fetch(chosen[np.minimum(places, total - 1)], np.zeros(micro, dtype=np.int64))
+        arrays["labels"][places >= total] = IGNORED
+        yield arrays
