@@ -1,0 +1,313 @@
+"""The only file that knows where ZeRO keeps gradients and master weights (DeepSpeed ≥ 0.19.8).
+
+After the backward pass of the last micro-batch, and before `engine.step`, this rank's part of the reduced gradient lies
+
+- ZeRO 0: in `parameter.grad`, whole on every rank;
+- ZeRO 1, 2: in `optimizer.averaged_gradients[group]`, a list aligned with `params_in_partition[group]`;
+- ZeRO 3: in `optimizer.averaged_gradients[sub_group]`, aligned with `fp16_groups[sub_group]`;
+- with offload: in the `.grad` of the fp32 master partition, in host memory.
+
+A :class:`Shards` shows all of them alike: a list of fragments, each a run of one parameter's elements that this rank owns,
+and for each a 1-D view of its gradient and of its fp32 master weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A run of one parameter's elements in this rank's part of the training state."""
+
+    parameter: int
+    """Index of the parameter in the run's list of names."""
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    """First element, in the flattened parameter."""
+    num_elements: int
+    flat: int
+    """Index of the flat master tensor that holds it."""
+    offset: int
+    """First element in that flat tensor."""
+    counted: bool = True
+    """False where another rank counts the same elements (ZeRO 0 replicates everything)."""
+
+
+class Shards(ABC):
+    """This rank's part of the gradient and of the master weights, the same view for every ZeRO stage."""
+
+    fragments: tuple[Fragment, ...]
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """1-D gradient of each fragment, averaged over ranks and still multiplied by the loss scale; views where
+        possible, valid only between the last backward pass and the step. Writing to them changes the step."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the gradient as if this batch had not been seen."""
+
+    @abstractmethod
+    def flats(self) -> list[Tensor]:
+        """The fp32 master tensors, flat; in-place writes are the truth after :meth:`publish`."""
+
+    @abstractmethod
+    def optimizer_state(self, flat: int) -> dict[str, Any]:
+        """The inner optimizer's state of one flat master tensor: created on demand, empty before the first step."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the model's weights equal to the master weights on all ranks (a collective under ZeRO 1, 2 and 3)."""
+
+    def masters(self) -> list[Tensor]:
+        """1-D fp32 master weights of each fragment, as views."""
+        flats = self.flats()
+        return [flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments]
+
+    @property
+    @abstractmethod
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that updates the master weights."""
+
+    def master_shape(self, flat: int) -> torch.Size:
+        """Shape that the inner optimizer knows the flat master tensor by."""
+        return self.flats()[flat].shape
+
+    def scalar_state(self, key: str, value: float, flat: Tensor) -> Any:
+        """A scalar of the inner optimizer's state as that optimizer keeps it before it has one of its own."""
+        if isinstance(self.inner, torch.optim.AdamW) and key == "step":
+            fused = self.inner.defaults.get("fused") or self.inner.defaults.get("capturable")
+            return torch.tensor(float(value), dtype=torch.float32, device=flat.device if fused else "cpu")
+        return value
+
+
+class ReplicatedShards(Shards):
+    """ZeRO 0. Every rank holds everything; each parameter is counted (and saved) by one of them."""
+
+    def __init__(self, engine: Any, names: Sequence[str], rank: int, world_size: int):
+        self._engine = engine
+        self._parameters = _trainable(engine)
+        self._half = hasattr(engine.optimizer, "fp32_groups")
+        masters = self._parameters
+        if self._half:
+            of_weight = {
+                id(weight): master
+                for weights, group in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+                for weight, master in zip(weights, group, strict=True)
+            }
+            masters = [of_weight[id(parameter)] for parameter in self._parameters]
+        self._masters = masters
+        self.fragments = tuple(
+            Fragment(
+                parameter=index,
+                name=name,
+                shape=tuple(parameter.shape),
+                start=0,
+                num_elements=parameter.numel(),
+                flat=index,
+                offset=0,
+                counted=index % world_size == rank,
+            )
+            for index, (name, parameter) in enumerate(zip(names, self._parameters, strict=True))
+        )
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        result: torch.optim.Optimizer = optimizer.optimizer if self._half else optimizer
+        return result
+
+    def gradients(self) -> list[Tensor]:
+        views = []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            views.append(parameter.grad.view(-1))
+        return views
+
+    def clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def flats(self) -> list[Tensor]:
+        return [master.detach().view(-1) for master in self._masters]
+
+    def optimizer_state(self, flat: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.inner.state[self._masters[flat]]
+        return state
+
+    def master_shape(self, flat: int) -> torch.Size:
+        return self._masters[flat].shape
+
+    def publish(self) -> None:
+        if self._half:
+            for parameter, master in zip(self._parameters, self._masters, strict=True):
+                parameter.data.copy_(master.data)
+
+
+class PartitionedShards(Shards):
+    """ZeRO 1 and 2: one flat fp32 partition a parameter group; a parameter may continue on the next rank."""
+
+    def __init__(self, engine: Any, names: Sequence[str]):
+        self._zero = engine.optimizer
+        index_of = {id(parameter): index for index, parameter in enumerate(_trainable(engine))}
+        fragments: list[Fragment] = []
+        self._place: list[tuple[int, int]] = []
+        for group, parameters in enumerate(self._zero.params_in_partition):
+            for position, parameter in enumerate(parameters):
+                mapping = parameter._hp_mapping
+                index = index_of[id(parameter)]
+                fragments.append(
+                    Fragment(
+                        parameter=index,
+                        name=names[index],
+                        shape=tuple(parameter.shape),
+                        start=mapping.lp_fragment_address.start,
+                        num_elements=mapping.lp_fragment_address.numel,
+                        flat=group,
+                        offset=mapping.hp_fragment_address.start,
+                    )
+                )
+                self._place.append((group, position))
+        self.fragments = tuple(fragments)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        result: torch.optim.Optimizer = self._zero.optimizer
+        return result
+
+    def gradients(self) -> list[Tensor]:
+        if self._zero.cpu_offload:
+            self._zero._wait_for_offload_copies()
+            flats = [master.grad for master in self._zero.single_partition_of_fp32_groups]
+            return [
+                flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments
+            ]
+        listed = {
+            group: [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+            for group, gradients in self._zero.averaged_gradients.items()
+            if gradients is not None
+        }
+        return [listed[group][position].view(-1) for group, position in self._place]
+
+    def clear(self) -> None:
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        else:
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+                zero.all_grad_tensors[group] = None
+
+    def flats(self) -> list[Tensor]:
+        return [master.detach() for master in self._zero.single_partition_of_fp32_groups]
+
+    def optimizer_state(self, flat: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.inner.state[self._zero.single_partition_of_fp32_groups[flat]]
+        return state
+
+    def publish(self) -> None:
+        self._zero.update_lp_params()
+
+
+class WeightShards(Shards):
+    """ZeRO 3: every parameter is cut into equal parts, one a rank, the last padded."""
+
+    def __init__(self, engine: Any, names: Sequence[str], rank: int):
+        self._zero = engine.optimizer
+        index_of = {id(parameter): index for index, parameter in enumerate(_trainable(engine))}
+        fragments: list[Fragment] = []
+        self._place: list[tuple[int, int]] = []
+        for sub_group, parameters in enumerate(self._zero.fp16_groups):
+            offset = 0
+            for position, parameter in enumerate(parameters):
+                part = parameter.partition_numel()
+                start = part * rank
+                index = index_of[id(parameter)]
+                num_elements = max(0, min(part, parameter.ds_numel - start))
+                if num_elements:
+                    fragments.append(
+                        Fragment(
+                            parameter=index,
+                            name=names[index],
+                            shape=tuple(parameter.ds_shape),
+                            start=start,
+                            num_elements=num_elements,
+                            flat=sub_group,
+                            offset=offset,
+                        )
+                    )
+                    self._place.append((sub_group, position))
+                offset += part
+        self.fragments = tuple(fragments)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        result: torch.optim.Optimizer = self._zero.optimizer
+        return result
+
+    def gradients(self) -> list[Tensor]:
+        if self._zero.offload_optimizer:
+            flats = [master.grad for master in self._zero.fp32_partitioned_groups_flat]
+            return [
+                flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments
+            ]
+        averaged = self._zero.averaged_gradients
+        return [
+            averaged[sub_group][position].view(-1).narrow(0, 0, fragment.num_elements)
+            for (sub_group, position), fragment in zip(self._place, self.fragments, strict=True)
+        ]
+
+    def clear(self) -> None:
+        zero = self._zero
+        # the next backward pass copies into the partition buffers instead of adding to them
+        zero.zero_grad(set_to_none=True)
+        zero._offload_boundary_param_ids = set()
+        if zero.offload_optimizer:
+            zero.reset_cpu_buffers()
+        else:
+            zero.averaged_gradients = {}
+
+    def flats(self) -> list[Tensor]:
+        return [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
+
+    def optimizer_state(self, flat: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.inner.state[self._zero.fp32_partitioned_groups_flat[flat]]
+        return state
+
+    def publish(self) -> None:
+        zero = self._zero
+        zero._partition_all_parameters()
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+
+def make_shards(engine: Any, names: Sequence[str], stage: int, rank: int, world_size: int) -> Shards:
+    """The view that fits the engine's ZeRO stage."""
+    match stage:
+        case 0:
+            return ReplicatedShards(engine, names, rank, world_size)
+        case 1 | 2:
+            return PartitionedShards(engine, names)
+        case _:
+            return WeightShards(engine, names, rank)
+
+
+def _trainable(engine: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
