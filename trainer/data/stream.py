@@ -192,7 +192,7 @@ def evaluation_batches(
 ) -> Iterator[dict[str, IntArray]]:
     """This rank's micro-batches of an evaluation: every sample once over all ranks, equally many micro-batches on each.
 
-    `max_samples` are spread evenly over the split. A place that the remainder leaves empty holds a sample without labels.
+    `max_samples` are spread evenly over the split. A place left empty holds a sample without labels.
     """
     reader = Reader(samples, objective, seed)
     total = min(len(samples), max_samples or len(samples))
