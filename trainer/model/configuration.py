@@ -1,0 +1,191 @@
+"""From the options of a run to the transformers configuration of its model, with everything checked that can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from trainer.config.schema import ModelConfig, RunConfig
+from trainer.errors import ConfigError
+
+_LEGACY_ROPE_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+"""Not fields any more, but every class with `rope_parameters` still reads them."""
+
+
+def auto_class(config: RunConfig) -> Any:
+    """The transformers auto class of the run's objective."""
+    return AutoModelForCausalLM if config.objective.kind == "causal" else AutoModelForMaskedLM
+
+
+def pretrained_reference(model: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """(name or directory, further arguments) for `from_pretrained`; a .gguf file is a directory and a file in it."""
+    assert model.pretrained is not None
+    arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.pretrained.endswith(".gguf"):
+        file = Path(model.pretrained)
+        return str(file.parent), {**arguments, "gguf_file": file.name}
+    return model.pretrained, arguments
+
+
+def model_configuration(config: RunConfig, vocabulary: int | None) -> PreTrainedConfig:
+    """The configuration of the model; reads no weights.
+
+    Args:
+        vocabulary: tokens of the tokenizer; None when it is not known yet, then only a given `vocab_size` counts.
+
+    Raises:
+        ConfigError: unknown architecture or field, a wrong value, a vocabulary or positions that are too small.
+    """
+    if (config.model.config is None) == (config.model.pretrained is None):
+        raise ConfigError([("model", "needs exactly one of `config` (from scratch) and `pretrained`")])
+    if config.model.pretrained is None:
+        result = _from_fields(config.model.config or {}, vocabulary)
+    else:
+        result = _from_pretrained(config.model)
+    _check_objective(config, result)
+    _check_vocabulary(config, result, vocabulary)
+    # caches of keys and values are for generation
+    result.use_cache = False
+    return result
+
+
+def check_positions(config: RunConfig, max_positions: int | None) -> None:
+    """Refuse a sequence that is longer than the model's positions.
+
+    Raises:
+        ConfigError: it is.
+    """
+    length = config.data.sequence_length
+    if max_positions is not None and length > max_positions:
+        where = "model.overrides" if config.model.pretrained else "model.config"
+        raise ConfigError(
+            [
+                (
+                    "data.sequence_length",
+                    f"{length} tokens are more than the {max_positions} positions of the model; "
+                    f"shorten it, or raise `{where}.max_position_embeddings`",
+                )
+            ]
+        )
+
+
+def _from_fields(fields: dict[str, Any], vocabulary: int | None) -> PreTrainedConfig:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ConfigError([("model.config.model_type", "is needed: the architecture in transformers, such as llama")])
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            [
+                (
+                    "model.config.model_type",
+                    f"{model_type!r} is no architecture of transformers{_nearest(model_type, set(CONFIG_MAPPING))}",
+                )
+            ]
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    _refuse_unknown("model.config", fields, _names_of(config_class), config_class.__name__)
+    if vocabulary is not None:
+        fields.setdefault("vocab_size", vocabulary)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    size = fields.get("vocab_size", defaults.get("vocab_size"))
+    for name, default in defaults.items():
+        # ids of the tokenizer that the architecture was published with; in a smaller vocabulary they point nowhere
+        if name.endswith("_token_id") and isinstance(default, int) and isinstance(size, int) and default >= size:
+            fields.setdefault(name, None)
+    return _checked("model.config", lambda: config_class(**fields))
+
+
+def _from_pretrained(model: ModelConfig) -> PreTrainedConfig:
+    name, arguments = pretrained_reference(model)
+    try:
+        result: PreTrainedConfig = AutoConfig.from_pretrained(name, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError([("model.pretrained", f"{model.pretrained} cannot be read: {first_line(error)}")]) from error
+    known = _names_of(type(result)) | {name for name in vars(result) if not name.startswith("_")}
+    _refuse_unknown("model.overrides", model.overrides, known, type(result).__name__)
+
+    def override() -> PreTrainedConfig:
+        for field, value in model.overrides.items():
+            setattr(result, field, value)
+        return result
+
+    return _checked("model.overrides", override)
+
+
+def _names_of(config_class: type[PreTrainedConfig]) -> set[str]:
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    return names | (_LEGACY_ROPE_FIELDS if "rope_parameters" in names else set())
+
+
+def _refuse_unknown(path: str, fields: dict[str, Any], known: set[str], owner: str) -> None:
+    problems = [
+        (f"{path}.{name}", f"is no field of {owner}{_nearest(name, known)}") for name in fields if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _checked(path: str, make: Any) -> PreTrainedConfig:
+    try:
+        result: PreTrainedConfig = make()
+        result.validate()
+    except StrictDataclassError as error:
+        # "Validation error for field 'hidden_size':\n    TypeError: Field 'hidden_size' expected int, got str (…)"
+        text = str(error).strip().splitlines()[-1].strip().partition(": ")[2]
+        raise ConfigError([(path, text or first_line(error))]) from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError([(path, f"is refused by transformers: {first_line(error)}")]) from error
+    return result
+
+
+def _check_objective(config: RunConfig, model: PreTrainedConfig) -> None:
+    kind = config.objective.kind
+    causal = model.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = model.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    remote = config.model.trust_remote_code and hasattr(model, "auto_map")
+    if not remote and not (causal if kind == "causal" else masked):
+        other = " (it has a masked one: objective.kind=masked)" if masked else ""
+        other = " (it has a causal one: objective.kind=causal)" if causal else other
+        raise ConfigError(
+            [("objective.kind", f"transformers has no {kind} language model of type {model.model_type}{other}")]
+        )
+    if kind == "causal" and causal and masked and getattr(model, "is_decoder", True) is False:
+        where = "model.overrides" if config.model.pretrained else "model.config"
+        raise ConfigError(
+            [
+                (
+                    f"{where}.is_decoder",
+                    f"{model.model_type} sees the tokens that it is to predict unless this is true; "
+                    "set it, or use objective.kind=masked",
+                )
+            ]
+        )
+
+
+def _check_vocabulary(config: RunConfig, model: PreTrainedConfig, vocabulary: int | None) -> None:
+    size = model.get_text_config().vocab_size
+    if vocabulary is not None and size < vocabulary:
+        path, remedy = "model.config.vocab_size", "raise it or leave it out"
+        if config.model.pretrained:
+            path, remedy = "data.tokenizer", "use the tokenizer of the model"
+        raise ConfigError(
+            [(path, f"the tokenizer has {vocabulary} tokens and the model's vocabulary only {size}; {remedy}")]
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence-like line of a library's error."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
