@@ -6,7 +6,8 @@
 # On a GPU machine whose driver needs another build of torch:
 #   make demo TORCH="torch==2.13.0" PIP_FLAGS="--index-url URL-OF-THAT-BUILD"
 
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP_FLAGS ?=
 
@@ -42,8 +43,7 @@ clean:
 	find launcher trainer tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer (with venv) was not found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # Written again only when its content changes, so that another TORCH installs again and the same one does not.

@@ -1,0 +1,227 @@
+"""What this machine offers a run, what will not work on it, and why. Imports none of the packages that it reports on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+Level = Literal["fine", "note", "wrong"]
+
+GIB = 1024**3
+PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "tensorboard")
+
+_ALL_REDUCE = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.ones(1) * (dist.get_rank() + 1)
+dist.all_reduce(value)
+assert value.item() == 3.0, value
+dist.destroy_process_group()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact about the machine."""
+
+    topic: str
+    text: str
+    level: Level = "fine"
+    """fine · note: works, but something is missing or slower · wrong: a run fails."""
+
+
+def examine(folder: Path, environment: Mapping[str, str], deep: bool = False) -> list[Finding]:
+    """Everything that can be known without starting a run.
+
+    Args:
+        folder: where runs will be written; its disk is what counts.
+        deep: start two processes that add a number up over gloo.
+    """
+    findings = [_python(), *_packages()]
+    gpus = _gpus()
+    findings += [*_devices(gpus), _backends(bool(gpus)), *_processor(), *_memory(), _disk(folder)]
+    findings += [_shared_memory(), _open_files(), *_compiler(environment)]
+    if deep:
+        findings.append(_all_reduce(environment))
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("Python", f"{platform.python_version()} ({sys.executable})")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed: no run can start; `make install`", "wrong"))
+    return findings
+
+
+def _output(argv: list[str], timeout_seconds: float) -> str | None:
+    """Standard output of a command; None where there is none such or it fails."""
+    path = shutil.which(argv[0])
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 (a list, no shell)
+            [path, *argv[1:]], capture_output=True, text=True, timeout=timeout_seconds, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
+    return [line for line in (_output(query, 30) or "").splitlines() if line.strip()]
+
+
+def _devices(gpus: list[str]) -> list[Finding]:
+    if not gpus:
+        seen = "nvidia-smi finds none" if shutil.which("nvidia-smi") else "nvidia-smi is not installed"
+        return [Finding("GPUs", f"none ({seen}): runs use the CPU, with gloo and fp32", "note")]
+    findings = []
+    for number, line in enumerate(gpus):
+        name, memory, driver, capability = (part.strip() for part in line.split(","))
+        finding = Finding(f"GPU {number}", f"{name}, {memory}, driver {driver}, compute capability {capability}")
+        if float(capability) < 8:
+            finding = Finding(finding.topic, f"{finding.text}: no bf16, set precision=fp16", "note")
+        findings.append(finding)
+    if metadata_version("torch").endswith("+cpu"):
+        text = (
+            "torch is built without it: runs use the CPU although there are GPUs; install another build (see Makefile)"
+        )
+        findings.append(Finding("CUDA", text, "wrong"))
+    return findings
+
+
+def metadata_version(name: str) -> str:
+    """Version of an installed package; empty where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _backends(gpu: bool) -> Finding:
+    return Finding("backends", "NCCL on GPUs, gloo on CPU" if gpu else "gloo")
+
+
+def _processor() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    total = os.cpu_count() or cores
+    others = f" of {total} (the others are not for this process)" if cores < total else ""
+    findings = [Finding("cores", f"{cores}{others}")]
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
+    except OSError:
+        return findings
+    if "amx_bf16" in flags:
+        findings.append(Finding("bf16 on CPU", "native, in matrix units (AMX): precision=bf16 is fast"))
+    elif "avx512_bf16" in flags:
+        findings.append(Finding("bf16 on CPU", "native (AVX-512): precision=bf16 is usable"))
+    else:
+        findings.append(Finding("bf16 on CPU", "emulated: right but slow; leave precision=fp32 here", "note"))
+    return findings
+
+
+def _memory() -> list[Finding]:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    except (OSError, ValueError, IndexError):
+        return [Finding("memory", "unknown", "note")]
+    total, available = kib["MemTotal"] / 1024**2, kib["MemAvailable"] / 1024**2
+    findings = [Finding("memory", f"{available:.1f} GiB of {total:.1f} GiB available")]
+    if limit := _cgroup_limit():
+        findings.append(Finding("memory limit", f"{limit / GIB:.1f} GiB for this process and its children (cgroup)"))
+    return findings
+
+
+def _cgroup_limit() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+    return None
+
+
+def _disk(folder: Path) -> Finding:
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    usage = shutil.disk_usage(existing)
+    text = f"{usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free under {existing}"
+    if not os.access(existing, os.W_OK):
+        return Finding("disk", f"{text}, but it is not writable", "wrong")
+    if usage.free < 2 * GIB:
+        return Finding("disk", f"{text}: too little for checkpoints of anything but a tiny model", "note")
+    return Finding("disk", text)
+
+
+def _shared_memory() -> Finding:
+    try:
+        usage = shutil.disk_usage("/dev/shm")  # noqa: S108 (asking how large it is)
+    except OSError:
+        return Finding("shared memory", "there is no /dev/shm: NCCL and parallel tokenising need it", "wrong")
+    text = f"{usage.free / GIB:.1f} GiB free in /dev/shm"
+    if usage.free < GIB:
+        return Finding("shared memory", f"{text}: NCCL may fail; in a container, start it with --shm-size=8g", "note")
+    return Finding("shared memory", text)
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    words = {resource.RLIM_INFINITY: "unlimited"}
+    text = f"{words.get(soft, soft)} (up to {words.get(hard, hard)})"
+    if soft != resource.RLIM_INFINITY and soft < 1024:
+        return Finding("open files", f"{text}: many ranks and shards need more; `ulimit -n 4096`", "note")
+    return Finding("open files", text)
+
+
+def _compiler(environment: Mapping[str, str]) -> list[Finding]:
+    offload = "zero.offload needs DeepSpeed's CPU Adam, which is compiled when it is first used"
+    findings = []
+    compiler = environment.get("CXX") or "g++"
+    if (found := shutil.which(compiler)) is None:
+        findings.append(Finding("C++ compiler", f"{compiler} is not there: {offload}; install g++", "note"))
+    else:
+        findings.append(Finding("C++ compiler", found))
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    if ninja is None:
+        findings.append(Finding("ninja", f"not there: {offload}; pip install ninja", "note"))
+    else:
+        findings.append(Finding("ninja", ninja))
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        findings.append(Finding("Python headers", f"{header} is not there: {offload}; install python3-dev", "note"))
+    return findings
+
+
+def _all_reduce(environment: Mapping[str, str]) -> Finding:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    settings = {**environment, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(  # noqa: S603 (a list, no shell)
+            [*argv, sys.executable, "-c", _ALL_REDUCE], capture_output=True, text=True, timeout=120, env=settings
+        )
+    except subprocess.TimeoutExpired:
+        text = "two ranks on this machine did not find each other in 120 s: is loopback blocked?"
+        return Finding("all-reduce", text, "wrong")
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "see torchrun by hand")
+        return Finding("all-reduce", f"two ranks over gloo failed: {last.strip()}", "wrong")
+    return Finding("all-reduce", "two ranks over gloo agree")

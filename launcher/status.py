@@ -1,0 +1,170 @@
+"""The runs of a folder at a glance, read from their files: nothing here asks a process."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launcher.run_directory import LOCK_FILE, RunFiles, read_outcome
+from trainer.errors import RunDirectoryError
+from trainer.telemetry.ledger import Record, last_record
+
+SILENT_SECONDS = 600.0
+"""A run that ended without an outcome is taken for dead when its ledger has been silent for so long, or for twenty of
+its own steps if that is longer. Until then it may be running, perhaps on another machine."""
+
+_STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "prepared": "dim"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """Where one run stands."""
+
+    name: str
+    state: str
+    """prepared · running · finished · stopped · halted · crashed · refused"""
+    step: int | None
+    steps: int | None
+    loss: float | None
+    held_out_loss: float | None
+    tokens_per_second: float | None
+    checkpoint: str | None
+    seconds_since: float | None
+    """Since the last sign of life."""
+
+
+def statuses(folder: Path, now: float | None = None) -> list[RunStatus]:
+    """The runs directly inside `folder`, by name; or the one run that `folder` itself is.
+
+    Raises:
+        RunDirectoryError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise RunDirectoryError(f"there is no folder {folder}; name the folder that holds the runs")
+    now = time.time() if now is None else now
+    if RunFiles(folder).config.is_file():
+        return [status_of(folder, now)]
+    return [status_of(path, now) for path in sorted(folder.iterdir()) if RunFiles(path).config.is_file()]
+
+
+def status_of(root: Path, now: float) -> RunStatus:
+    """Where the run in `root` stands at `now` (Unix seconds)."""
+    files = RunFiles(root)
+    outcome = read_outcome(root)
+    newest = last_record(files.ledger, lambda record: True)
+    attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt" and record.get("applied", True))
+    start = last_record(files.ledger, lambda record: record["kind"] == "start")
+    evaluation = last_record(files.ledger, lambda record: record["kind"] == "evaluation")
+    if outcome and newest and newest["kind"] != "outcome" and newest["time"] > files.outcome.stat().st_mtime:
+        outcome = None  # of an earlier start
+    seen = max((place.stat().st_mtime for place in (files.outcome, files.ledger) if place.exists()), default=None)
+    since = None if seen is None else max(0.0, now - seen)
+    ended = outcome or {}
+    loss = attempt["loss"] if attempt else None
+    held_out = ended.get("held_out_loss")
+    return RunStatus(
+        name=root.name,
+        state=_state(root, outcome, attempt, since),
+        step=_first(ended.get("step"), attempt and attempt["step"], start and start.get("resumed_step")),
+        steps=_first(ended.get("steps"), start and start.get("steps")),
+        loss=loss,
+        held_out_loss=_first(held_out, evaluation and evaluation.get("loss")),
+        tokens_per_second=attempt and attempt.get("tokens_per_second"),
+        checkpoint=newest_checkpoint(root),
+        seconds_since=since,
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _state(root: Path, outcome: dict[str, Any] | None, attempt: Record | None, since: float | None) -> str:
+    if is_locked(root):
+        return "running"
+    if outcome is not None:
+        reason = str(outcome["reason"])
+        return "finished" if reason == "completed" else reason
+    if since is None:
+        return "prepared"
+    patience = max(SILENT_SECONDS, 20 * float(attempt.get("seconds", 0.0)) if attempt else 0.0)
+    return "running" if since < patience else "crashed"
+
+
+def is_locked(root: Path) -> bool:
+    """Whether a process on this machine runs it."""
+    try:
+        descriptor = os.open(root / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def newest_checkpoint(root: Path) -> str | None:
+    """Name of the committed checkpoint of the last step; one that is still being written has another name."""
+    steps = []
+    for path in RunFiles(root).checkpoints.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isascii() and number.isdigit():
+            steps.append((int(number), path.name))
+    return max(steps)[1] if steps else None
+
+
+def table(runs: list[RunStatus]) -> Table:
+    """The runs as a table."""
+    result = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("run", "state"):
+        result.add_column(title, overflow="fold")
+    for title in ("step", "loss", "held-out", "tokens/s"):
+        result.add_column(title, justify="right", no_wrap=True)
+    result.add_column("checkpoint")
+    result.add_column("last sign", justify="right", no_wrap=True)
+    for run in runs:
+        result.add_row(
+            Text(run.name),
+            Text(run.state, style=_STYLES.get(run.state, "red")),
+            Text("–" if run.step is None else f"{run.step}/{run.steps if run.steps is not None else '?'}"),
+            Text(_number(run.loss)),
+            Text(_number(run.held_out_loss)),
+            Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
+            Text(run.checkpoint or "–"),
+            Text("–" if run.seconds_since is None else f"{duration(run.seconds_since)} ago"),
+        )
+    return result
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if math.isfinite(value) else str(value).replace("nan", "NaN")
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: 42 s, 3 min 20 s, 5 h 7 min, 2 d 4 h."""
+    whole = round(seconds)
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    parts = []
+    for name, size in units:
+        count, whole = divmod(whole, size)
+        if count:
+            parts.append((size, f"{count} {name}"))
+    if not parts:
+        return "0 s"
+    largest = next(index for index, (_, size) in enumerate(units) if size == parts[0][0])
+    return " ".join(text for size, text in parts[:2] if size in {size for _, size in units[largest : largest + 2]})
