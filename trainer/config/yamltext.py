@@ -138,8 +138,11 @@ def _represent_sequence(dumper: yaml.SafeDumper, sequence: Any) -> yaml.Node:
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # A block literal keeps a template readable; where it cannot say the text, the emitter falls back to quotes.
-    return dumper.represent_scalar(TAG + "str", text, style="|" if "\n" in text.rstrip("\n") else None)
+    # PyYAML writes U+0085, U+2028 and U+2029 between single quotes, where they read as other line ends.
+    is_plain = all(character.isprintable() or character == "\n" for character in text)
+    # A literal block keeps a template readable; where it cannot say the text, the emitter falls back to quotes.
+    style = '"' if not is_plain else "|" if "\n" in text.rstrip("\n") else None
+    return dumper.represent_scalar(TAG + "str", text, style=style)
 
 
 _Dumper.add_representer(list, _represent_sequence)

@@ -1,0 +1,182 @@
+"""What the schema cannot say: options that contradict each other, and options without effect.
+
+Every rule is one line below; a contradiction refuses the config, an option without effect is warned about.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
+from trainer.config.resolve import Device, Precision, arithmetic
+from trainer.config.schema import RunConfig, Section, SourceConfig
+from trainer.errors import ConfigError
+
+Problem = tuple[str, str]
+
+
+def check_config(config: RunConfig, source: str = "the config") -> list[str]:
+    """Warnings about options that have no effect, one sentence each.
+
+    Raises:
+        ConfigError: with every contradiction between options, the batch arithmetic on the planned ranks included.
+    """
+    problems = [
+        *_name(config),
+        *_sources(config),
+        *_tokenizer(config),
+        *_model(config),
+        *_run(config),
+        *_support(config),
+    ]
+    try:
+        arithmetic(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems, source)
+    return [f"{path}: {sentence}" for path, sentence in _without_effect(config)]
+
+
+def unsupported(config: RunConfig, device: Device, precision: Precision) -> list[Problem]:
+    """What DeepSpeed cannot do of what the config asks, on this device and in this precision.
+
+    DeepSpeed 0.19.8 runs ZeRO 0–3 in fp32 and bf16 on CPU and GPU; fp16 needs a GPU's kernels.
+    """
+    problems: list[Problem] = []
+    if precision == "fp16" and device == "cpu":
+        problems.append(("precision", "fp16 needs a GPU; use bf16 or fp32 on CPU"))
+    if config.model.attention.startswith("flash_attention") and device == "cpu":
+        problems.append(("model.attention", f"{config.model.attention} needs a GPU; use sdpa or eager on CPU"))
+    if config.model.attention.startswith("flash_attention") and precision == "fp32":
+        problems.append(
+            ("model.attention", f"{config.model.attention} computes in bf16 or fp16, but precision is fp32")
+        )
+    return problems
+
+
+def _name(config: RunConfig) -> Iterator[Problem]:
+    name = config.name
+    if bad := next((character for character in name if not character.isprintable()), None):
+        yield "name", f"holds the character U+{ord(bad):04X}; a run is named on one line, in printable characters"
+    elif bad := next((character for character in "/\\" if character in name), None):
+        yield "name", f"holds {bad!r}, but names one directory; to put it elsewhere set `runs`"
+    elif name[0] in ".-":
+        yield "name", f"begins with {name[0]!r}; begin it with a letter or a digit"
+    elif name != name.strip():
+        yield "name", "begins or ends with a space"
+    elif len(os.fsencode(name)) > 200:
+        yield "name", f"is {len(os.fsencode(name))} bytes long; file names take up to 200"
+
+
+def _sources(config: RunConfig) -> Iterator[Problem]:
+    for index, source in enumerate(config.data.sources):
+        path = f"data.sources.{index}"
+        kinds = [kind for kind in ("stdlib", "files", "hub") if getattr(source, kind)]
+        if len(kinds) != 1:
+            found = " and ".join(f"`{kind}`" for kind in kinds) or "none of them"
+            yield path, f"must have exactly one of `stdlib`, `files` and `hub`, but has {found}"
+        if source.column is not None and source.template is not None:
+            yield path, "has `column` and `template`; give the one that makes the text"
+    named = [source.name for source in config.data.sources if source.name is not None]
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield "data.sources", f"two sources are named {name!r}; give each its own name"
+    for index, (first, last) in enumerate(config.data.exclude_batches):
+        if first > last:
+            yield f"data.exclude_batches.{index}", f"is [first, last], but {first} comes after {last}"
+
+
+def _tokenizer(config: RunConfig) -> Iterator[Problem]:
+    tokenizer = config.data.tokenizer
+    if tokenizer.path is not None and tokenizer.train is not None:
+        yield "data.tokenizer", "has `path` and `train`; give one of them"
+    if tokenizer.path is None and tokenizer.train is None and config.model.pretrained is None:
+        yield "data.tokenizer", "give `path` or `train`: a model from scratch brings no tokenizer"
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model, length = config.model, config.data.sequence_length
+    if (model.config is None) == (model.pretrained is None):
+        found = "neither" if model.config is None else "both"
+        yield "model", f"must have exactly one of `config` and `pretrained`, but has {found}"
+    if model.config is None:
+        return
+    if not isinstance(model.config.get("model_type"), str):
+        yield "model.config.model_type", "is missing; name the architecture as transformers does (llama, gpt2, bert, …)"
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        limit = model.config.get(key)
+        if isinstance(limit, int) and length > limit:
+            yield "data.sequence_length", f"{length} tokens do not fit the positions (model.config.{key}: {limit})"
+    vocabulary, train = model.config.get("vocab_size"), config.data.tokenizer.train
+    if isinstance(vocabulary, int) and train is not None and train.vocabulary > vocabulary:
+        yield (
+            "data.tokenizer.train.vocabulary",
+            f"{train.vocabulary} tokens are more than the model's vocabulary (model.config.vocab_size: {vocabulary})",
+        )
+
+
+def _run(config: RunConfig) -> Iterator[Problem]:
+    if config.zero.offload != "none" and config.zero.stage == 0:
+        yield "zero.offload", "needs zero.stage 1, 2 or 3: stage 0 does not shard the optimizer"
+    if config.zero.offload == "all" and config.zero.stage in (1, 2):
+        yield "zero.offload", f"`all` needs zero.stage 3: under stage {config.zero.stage} the weights are not sharded"
+    clean = config.data.clean
+    if clean.max_characters is not None and clean.max_characters < clean.min_characters:
+        yield (
+            "data.clean.max_characters",
+            f"{clean.max_characters} is less than data.clean.min_characters ({clean.min_characters}): no document fits",
+        )
+
+
+def _support(config: RunConfig) -> list[Problem]:
+    """Only what is already decided: `auto` is checked by the plan, which knows the machine."""
+    if config.cluster.device == "auto":
+        return []
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp32" if config.cluster.device == "cpu" else "bf16"
+    return unsupported(config, config.cluster.device, precision)
+
+
+def _is_set(config: Section, path: str) -> bool:
+    """Whether the option differs from its default."""
+    *parents, name = path.split(".")
+    section: Any = reduce(getattr, parents, config)
+    return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
+
+
+def _without_effect(config: RunConfig) -> Iterator[Problem]:
+    masked, stage = config.objective.kind == "masked", config.zero.stage
+    on_cpu, evaluated = config.cluster.device == "cpu", config.data.held_out > 0
+    rules = [
+        ("objective.mask_fraction", not masked, "objective.kind is causal"),
+        ("schedule.decay", config.schedule.kind != "wsd", f"schedule.kind is {config.schedule.kind}"),
+        ("schedule.floor", config.schedule.kind == "constant", "schedule.kind is constant"),
+        ("model.overrides", config.model.pretrained is None, "the model is made from model.config: write it there"),
+        ("model.initialisation", config.model.config is None, "the weights come from model.pretrained"),
+        ("zero.overlap", stage == 0 or on_cpu, "zero.stage is 0" if stage == 0 else "there is no overlap on CPU"),
+        ("zero.bucket_elements", stage == 0, "zero.stage is 0"),
+        ("zero.offload", on_cpu, "on CPU everything is in host memory"),
+        ("cluster.threads_per_rank", config.cluster.device == "cuda", "cluster.device is cuda"),
+        ("evaluation.every", not evaluated, "data.held_out is 0"),
+        ("evaluation.max_samples", not evaluated, "data.held_out is 0"),
+        ("optim.decay_embeddings", config.optim.weight_decay == 0, "optim.weight_decay is 0"),
+    ]
+    for path, idle, reason in rules:
+        if idle and _is_set(config, path):
+            yield path, f"has no effect: {reason}"
+    if config.data.accept_changed:
+        yield "data.accept_changed", "changed data will be accepted; the run can no longer be repeated exactly"
+    for index, source in enumerate(config.data.sources):
+        yield from _source_without_effect(f"data.sources.{index}", source)
+
+
+def _source_without_effect(path: str, source: SourceConfig) -> Iterator[Problem]:
+    for name in ("split", "hub_config"):
+        if source.hub is None and _is_set(source, name):
+            yield f"{path}.{name}", "has no effect: it belongs to `hub`"
+    for name in ("column", "template"):
+        if source.stdlib and _is_set(source, name):
+            yield f"{path}.{name}", "has no effect: the standard library's files are text, not records"
