@@ -1,0 +1,196 @@
+"""Contradictions are refused all at once; options without effect are warned about."""
+
+from typing import Any
+
+import pytest
+
+from trainer.config.check import check_config, unsupported
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError
+
+
+def config_with(**changes: Any) -> RunConfig:
+    """A valid config with `section__option=value` changed; None in place of a section leaves it out."""
+    data: dict[str, Any] = {
+        "name": "small",
+        "data": {"sources": ({"stdlib": True},), "tokenizer": {"train": {}}},
+        "model": {"config": {"model_type": "llama"}},
+        "batch": {"samples": 16, "micro": 4},
+        "optim": {"lr": 1e-3},
+        "schedule": {"duration": 100},
+    }
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        section = data
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return RunConfig.model_validate(data)
+
+
+def test_a_valid_config_has_neither_problems_nor_warnings():
+    assert check_config(config_with()) == []
+
+
+NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "sentence"),
+    [
+        ({"name": "a/b"}, "name", "holds '/', but names one directory; to put it elsewhere set `runs`"),
+        ({"name": "a\nb"}, "name", "holds the character U+000A; a run is named on one line, in printable characters"),
+        (
+            {"name": "\u202egnp"},
+            "name",
+            "holds the character U+202E; a run is named on one line, in printable characters",
+        ),
+        ({"name": ".."}, "name", "begins with '.'; begin it with a letter or a digit"),
+        ({"name": "-rf"}, "name", "begins with '-'; begin it with a letter or a digit"),
+        ({"name": "a "}, "name", "begins or ends with a space"),
+        ({"name": "語" * 90}, "name", "is 270 bytes long; file names take up to 200"),
+        ({"data__sources": ({},)}, "data.sources.0", NO_SOURCE + "none of them"),
+        (
+            {"data__sources": ({"hub": "x"}, {"stdlib": True, "hub": "x"})},
+            "data.sources.1",
+            NO_SOURCE + "`stdlib` and `hub`",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "column": "a", "template": "b"},)},
+            "data.sources.0",
+            "has `column` and `template`; give the one that makes the text",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "name": "a"}, {"stdlib": True, "name": "a"})},
+            "data.sources",
+            "two sources are named 'a'; give each its own name",
+        ),
+        ({"data__exclude_batches": ((3, 2),)}, "data.exclude_batches.0", "is [first, last], but 3 comes after 2"),
+        ({"data__tokenizer": {"train": {}, "path": "x"}}, "data.tokenizer", "has `path` and `train`; give one of them"),
+        (
+            {"data__tokenizer": {}},
+            "data.tokenizer",
+            "give `path` or `train`: a model from scratch brings no tokenizer",
+        ),
+        ({"model__config": None}, "model", "must have exactly one of `config` and `pretrained`, but has neither"),
+        ({"model__pretrained": "x"}, "model", "must have exactly one of `config` and `pretrained`, but has both"),
+        (
+            {"model__config": {"hidden_size": 8}},
+            "model.config.model_type",
+            "is missing; name the architecture as transformers does (llama, gpt2, bert, …)",
+        ),
+        (
+            {"model__config": {"model_type": "llama", "max_position_embeddings": 512}},
+            "data.sequence_length",
+            "1024 tokens do not fit the positions (model.config.max_position_embeddings: 512)",
+        ),
+        (
+            {"model__config": {"model_type": "llama", "vocab_size": 1000}},
+            "data.tokenizer.train.vocabulary",
+            "4096 tokens are more than the model's vocabulary (model.config.vocab_size: 1000)",
+        ),
+        (
+            {"zero__stage": 0, "zero__offload": "optimizer"},
+            "zero.offload",
+            "needs zero.stage 1, 2 or 3: stage 0 does not shard the optimizer",
+        ),
+        (
+            {"zero__stage": 2, "zero__offload": "all"},
+            "zero.offload",
+            "`all` needs zero.stage 3: under stage 2 the weights are not sharded",
+        ),
+        (
+            {"data__clean": {"max_characters": 10}},
+            "data.clean.max_characters",
+            "10 is less than data.clean.min_characters (32): no document fits",
+        ),
+        (
+            {"cluster__ranks_per_node": 3},
+            "batch.samples",
+            "16 samples do not divide into micro-batches of 4 on 3 ranks (4 × 3 = 12); use 12 or 24, or another "
+            "batch.micro",
+        ),
+        (
+            {"schedule__warmup": 101},
+            "schedule.warmup",
+            "the warm-up of 101 steps is longer than the run of 100; shorten it",
+        ),
+        (
+            {"schedule__kind": "wsd", "schedule__warmup": 60, "schedule__decay": 50},
+            "schedule.decay",
+            "warm-up (60 steps) and decay (50 steps) are longer than the run of 100",
+        ),
+        ({"precision": "fp16", "cluster__device": "cpu"}, "precision", "fp16 needs a GPU; use bf16 or fp32 on CPU"),
+        (
+            {"model__attention": "flash_attention_2", "cluster__device": "cpu"},
+            "model.attention",
+            "flash_attention_2 needs a GPU; use sdpa or eager on CPU",
+        ),
+    ],
+)
+def test_each_contradiction_is_one_sentence_at_its_path(changes, path, sentence):
+    with pytest.raises(ConfigError) as refused:
+        check_config(config_with(**changes))
+    assert (path, sentence) in refused.value.problems
+
+
+def test_all_contradictions_come_at_once():
+    with pytest.raises(ConfigError) as refused:
+        check_config(config_with(name="/", data__tokenizer={}, model__config=None, batch__micro=3), "x.yaml")
+    assert [path for path, _ in refused.value.problems] == ["name", "data.tokenizer", "model", "batch.samples"]
+    assert str(refused.value).startswith("x.yaml has 4 problems:\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"objective__mask_fraction": 0.3}, "objective.mask_fraction: has no effect: objective.kind is causal"),
+        ({"schedule__decay": 10}, "schedule.decay: has no effect: schedule.kind is cosine"),
+        (
+            {"schedule__kind": "constant", "schedule__floor": 0.5},
+            "schedule.floor: has no effect: schedule.kind is constant",
+        ),
+        (
+            {"model__overrides": {"a": 1}},
+            "model.overrides: has no effect: the model is made from model.config: write it there",
+        ),
+        (
+            {"model__config": None, "model__pretrained": "x", "model__initialisation": "residual-scaled"},
+            "model.initialisation: has no effect: the weights come from model.pretrained",
+        ),
+        ({"zero__overlap": False, "zero__stage": 0}, "zero.overlap: has no effect: zero.stage is 0"),
+        ({"zero__overlap": False, "cluster__device": "cpu"}, "zero.overlap: has no effect: there is no overlap on CPU"),
+        ({"zero__bucket_elements": 7, "zero__stage": 0}, "zero.bucket_elements: has no effect: zero.stage is 0"),
+        (
+            {"cluster__threads_per_rank": 2, "cluster__device": "cuda"},
+            "cluster.threads_per_rank: has no effect: cluster.device is cuda",
+        ),
+        ({"evaluation__every": 7, "data__held_out": 0}, "evaluation.every: has no effect: data.held_out is 0"),
+        (
+            {"data__sources": ({"stdlib": True, "split": "x"},)},
+            "data.sources.0.split: has no effect: it belongs to `hub`",
+        ),
+        (
+            {"data__sources": ({"stdlib": True, "column": "x"},)},
+            "data.sources.0.column: has no effect: the standard library's files are text, not records",
+        ),
+        (
+            {"data__accept_changed": True},
+            "data.accept_changed: changed data will be accepted; the run can no longer be repeated exactly",
+        ),
+    ],
+)
+def test_each_option_without_effect_is_warned_about(changes, warning):
+    assert check_config(config_with(**changes)) == [warning]
+
+
+def test_an_option_at_its_default_is_not_warned_about():
+    config = config_with(objective__mask_fraction=0.15, zero__stage=0, zero__bucket_elements=50_000_000)
+    assert check_config(config) == []
+
+
+def test_auto_is_left_to_the_plan():
+    config = config_with(precision="fp16")
+    assert check_config(config) == []
+    assert unsupported(config, "cpu", "fp16") == [("precision", "fp16 needs a GPU; use bf16 or fp32 on CPU")]
+    assert unsupported(config, "cuda", "fp16") == []
