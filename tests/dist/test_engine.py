@@ -69,7 +69,8 @@ def dense(config: RunConfig, steps: int, ragged: bool = False) -> dict[str, Any]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_equals_a_dense_reference(two_ranks: RankPool, stage: int, ragged: bool) -> None:
-    config = make_config(zero={"stage": stage})
+    # Adam with a tiny epsilon turns rounding noise of near-zero gradients into whole updates
+    config = make_config(zero={"stage": stage}, optim={"eps": 1e-3})
     expected = dense(config, 4, ragged)
     for result in two_ranks(train, config=config, steps=4, ragged=ragged):
         for stats, loss, norms in zip(result["stats"], expected["losses"], expected["norms"], strict=True):
@@ -257,7 +258,7 @@ def test_penalties_equal_a_dense_reference(two_ranks: RankPool, stage: int) -> N
     expected = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for stats, found in two_ranks(penalised, config=config):
         assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
-        assert stats.parts == pytest.approx({"l1": float(l1), "l2": float(l2)}, rel=1e-5)
+        assert stats.parts == pytest.approx({"l1": l1.item(), "l2": l2.item()}, rel=1e-5)
         assert stats.grad_norm == pytest.approx(float(norm), rel=1e-5)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, atol=2e-5)

@@ -59,7 +59,8 @@ def make_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> torc
 
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    return parameter.dim() > 1 and "wte" not in name and "wpe" not in name
+    # a parameter that ZeRO-3 has partitioned is empty; its own shape is kept beside it
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and "wte" not in name and "wpe" not in name
 
 
 def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
