@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from pool import RankPool
 from workload import (
-    cross_entropy,
     global_batch,
     make_batch,
     make_config,
@@ -28,9 +27,15 @@ LR = 3e-3
 
 
 def train(
-    rank: int, world_size: int, config: RunConfig, steps: int, dropout: float = 0.0, ragged: bool = False, **options: Any
+    rank: int,
+    world_size: int,
+    config: RunConfig,
+    steps: int,
+    dropout: float = 0.0,
+    ragged: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    engine = make_engine(config, rank, world_size, dropout=dropout, **options)
+    engine = make_engine(config, rank, world_size, **options)
     stats = []
     for index in range(steps):
         stats.append(
@@ -161,12 +166,6 @@ def test_a_discarded_batch_was_never_seen(two_ranks: RankPool, stage: int, preci
         assert np.array_equal(with_veto[name], without[name]), name
 
 
-def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    terms = cross_entropy(logits, labels)
-    # the whole gradient becomes NaN on every rank that sees token 1 as the first target
-    return {"loss": terms["loss"] * float("nan")} if bool((labels[:, 0] == labels[:, 0].max()).all()) else terms
-
-
 def nonfinite(rank: int, world_size: int, config: RunConfig) -> Any:
     engine = make_engine(config, rank, world_size)
     before = weights(engine)
@@ -228,7 +227,10 @@ def test_votes_and_disagreement_ride_in_the_same_message(two_ranks: RankPool) ->
 
 def penalised(rank: int, world_size: int, config: RunConfig) -> Any:
     def penalty(weight: torch.Tensor) -> Any:
-        return 0.01 * weight.sign() + 0.1 * weight, {"l1": 0.01 * weight.abs().sum(), "l2": 0.05 * weight.square().sum()}
+        return 0.01 * weight.sign() + 0.1 * weight, {
+            "l1": 0.01 * weight.abs().sum(),
+            "l2": 0.05 * weight.square().sum(),
+        }
 
     engine = make_engine(config, rank, world_size, penalty=penalty, terms=("loss", "l1", "l2"))
     stats = engine.accumulate(make_batch(config, 0, rank, world_size), attempt=1, step=1)

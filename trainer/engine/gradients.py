@@ -7,8 +7,8 @@ After the backward pass of the last micro-batch, and before `engine.step`, this 
 - ZeRO 3: in `optimizer.averaged_gradients[sub_group]`, aligned with `fp16_groups[sub_group]`;
 - with offload: in the `.grad` of the fp32 master partition, in host memory.
 
-A :class:`Shards` shows all of them alike: a list of fragments, each a run of one parameter's elements that this rank owns,
-and for each a 1-D view of its gradient and of its fp32 master weights.
+A :class:`Shards` shows all of them alike: a list of fragments, each a run of one parameter's elements that this rank
+owns, and for each a 1-D view of its gradient and of its fp32 master weights.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[Ranks, dict[str, str]]:
 def join(device: Device, timeout_seconds: float = 1800.0) -> Ranks:
     """Join the process group of the run: gloo on CPU, NCCL on GPUs.
 
-    Side effects: completes the rank variables of `os.environ`, selects the accelerator of DeepSpeed and the GPU of this rank.
+    Side effects: completes the rank variables of `os.environ`, selects DeepSpeed's accelerator and this rank's GPU.
     """
     ranks, missing = read_ranks(os.environ)
     os.environ.update(missing)

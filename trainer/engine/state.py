@@ -21,8 +21,8 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The live tensors (not copies) by name, and the numbers that go with them.
 
     Names are `flat.INDEX.master`, `flat.INDEX.exp_avg`, … for the flat master tensors of this rank, `buffer.NAME`
-    for the model's persistent buffers. The numbers hold, as plain JSON: the fragments that say which parameter lies where,
-    scalar optimizer state, hyperparameters of every group, the loss scaler and DeepSpeed's counters.
+    for the model's persistent buffers. The numbers hold, as plain JSON: the fragments that say which parameter lies
+    where, scalar optimizer state, hyperparameters of every group, the loss scaler and DeepSpeed's counters.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -40,14 +40,7 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "stage": engine.stage,
         "fragments": [_fragment_to_json(fragment) for fragment in engine.shards.fragments],
         "scalars": scalars,
-        "groups": [
-            {
-                key: value
-                for key, value in group.items()
-                if isinstance(value, int | float | bool | str | list | tuple) and key != "params"
-            }
-            for group in engine.shards.inner.param_groups
-        ],
+        "groups": [_hyperparameters(group) for group in engine.shards.inner.param_groups],
         "loss_scaler": _loss_scaler(engine),
         "counters": {name: getattr(engine.deepspeed, name) for name in COUNTERS},
     }
@@ -112,6 +105,10 @@ def _fragment_to_json(fragment: Fragment) -> dict[str, Any]:
         "flat": fragment.flat,
         "offset": fragment.offset,
     }
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if isinstance(value, int | float | str | tuple)}
 
 
 def _persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:

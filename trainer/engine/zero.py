@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,8 +94,8 @@ class Engine:
     def accumulate(self, batch: Batch, *, attempt: int, step: int, stop: bool = False, decision: int = 0) -> StepStats:
         """Forward and backward over all micro-batches of this rank, gradients reduced; nothing is applied.
 
-        The gradient is that of Σ terms / `batch.num_targets` over the *global* batch, however targets are spread over ranks
-        and micro-batches. Dropout is seeded by (seed, batch, place in the batch), so that a replay, a resume and a run
+        The gradient is that of Σ terms / `batch.num_targets` over the *global* batch, however targets are spread over
+        ranks and micro-batches. Dropout is seeded by (seed, batch, place in the batch), so that a replay, a resume and a run
         without an excluded batch draw the same masks.
 
         Args:
@@ -150,7 +149,7 @@ class Engine:
         """Clip to the global norm `clip` (0: not at all), update with the rate `lr`.
 
         Returns:
-            False when DeepSpeed refused the step because the gradient is not finite (fp16: the loss scale was too high).
+            False when DeepSpeed refused the step: the gradient is not finite (fp16: the loss scale was too high).
         """
         engine = self.deepspeed
         for group in engine.optimizer.param_groups:
@@ -203,7 +202,7 @@ class Engine:
 
     @torch.no_grad()
     def _add_penalties(self, penalty: Penalty, num_targets: int) -> dict[str, Tensor]:
-        """Add the penalties' gradient to this rank's shards: exact in every ZeRO stage, since it acts element by element."""
+        """Add the penalties' gradient to this rank's shards: element by element, so exact in every ZeRO stage."""
         scale = self.loss_scale
         sums: dict[str, Tensor] = {}
         for fragment, gradient, weight in zip(
@@ -231,6 +230,6 @@ def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
 
 
 def seed_everything(seed: int, batch_index: int, first_sample: int) -> None:
-    """Seed torch (all devices) from a place in the data: randomness is a function of position, so there is no state to save."""
+    """Seed torch on all devices from a place in the data: randomness is a function of position, with no state to save."""
     sequence = np.random.SeedSequence((seed, batch_index, first_sample))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

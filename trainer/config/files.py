@@ -1,0 +1,57 @@
+"""Where the files of a run lie in its directory. Nothing here says that they exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Paths below a run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def accelerate(self) -> Path:
+        return self.root / "accelerate.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.root / "deepspeed.json"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
