@@ -12,7 +12,8 @@ def learning_rate(config: OptimConfig, schedule: ScheduleConfig, numbers: Arithm
     """The rate of the update that makes step number `step`, counted from 1.
 
     Warm-up rises linearly from `lr / warmup_steps` at step 1 to `lr` at step `warmup_steps`. The decay ends at
-    `lr × floor` exactly on the last step; steps beyond it have the rate of the last. Without warm-up the first step has the peak.
+    `lr × floor` exactly on the last step; steps beyond it have the rate of the last. Without warm-up the first step
+    has the peak.
 
     - `cosine`: half a cosine from the end of the warm-up (SGDR, https://arxiv.org/abs/1608.03983, eq. 5).
     - `linear`: a straight line from the end of the warm-up.
