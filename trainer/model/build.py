@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import ExitStack
 from typing import Any
@@ -42,7 +43,7 @@ def build_model(
         ConfigError: what is asked for does not exist, does not fit the data, or is not installed.
     """
     model_config = model_configuration(config, vocabulary)
-    check_positions(config, max_positions(model_config))
+    check_positions(config, model_config)
     if config.model.pretrained is None:
         model = _from_scratch(config, model_config, zero3, dtype)
     else:
@@ -52,7 +53,7 @@ def build_model(
             raise ConfigError(
                 [("model.activation_checkpointing", f"{type(model).__name__} does not support it; turn it off")]
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     model.train()
     return model
 
@@ -64,15 +65,31 @@ def meta_model(config: RunConfig, vocabulary: int | None) -> PreTrainedModel:
         ConfigError: as :func:`build_model`.
     """
     model_config = model_configuration(config, vocabulary)
-    check_positions(config, max_positions(model_config))
+    check_positions(config, model_config)
     with torch.device("meta"):
-        return _instantiate(config, model_config, torch.float32)
+        try:
+            return _instantiate(config, model_config, torch.float32)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            # a plan is often made on a machine without the package that the nodes have
+            logger.warning("model.attention=%s is not installed on this machine", config.model.attention)
+            plain = config.model_copy(update={"model": config.model.model_copy(update={"attention": "auto"})})
+            return _instantiate(plain, model_config, torch.float32)
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that the positions allow; None where nothing limits it."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model reads `position_ids`; ALiBi and state-space models do not, and must not be given any."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """What the model expects to be added to positions that count from 0: RoBERTa's begin behind its padding index."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
 
 
 def _from_scratch(

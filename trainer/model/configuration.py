@@ -18,6 +18,16 @@ from trainer.errors import ConfigError
 _LEGACY_ROPE_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Not fields any more, but every class with `rope_parameters` still reads them."""
 
+_BEGIN_BEHIND_PADDING = {
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "data2vec-text",
+}
+"""Positions of these begin at the padding index + 1, so the table has as many rows that no token uses."""
+
 
 def auto_class(config: RunConfig) -> Any:
     """The transformers auto class of the run's objective."""
@@ -56,20 +66,31 @@ def model_configuration(config: RunConfig, vocabulary: int | None) -> PreTrained
     return result
 
 
-def check_positions(config: RunConfig, max_positions: int | None) -> None:
+def max_positions(model: PreTrainedConfig) -> int | None:
+    """The longest sequence that the positions allow; None where nothing limits it."""
+    text_config = model.get_text_config()
+    value = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(value, int) or value <= 0:
+        return None
+    if model.model_type in _BEGIN_BEHIND_PADDING:
+        return value - (text_config.pad_token_id or 0) - 1
+    return value
+
+
+def check_positions(config: RunConfig, model: PreTrainedConfig) -> None:
     """Refuse a sequence that is longer than the model's positions.
 
     Raises:
         ConfigError: it is.
     """
-    length = config.data.sequence_length
-    if max_positions is not None and length > max_positions:
+    length, limit = config.data.sequence_length, max_positions(model)
+    if limit is not None and length > limit:
         where = "model.overrides" if config.model.pretrained else "model.config"
         raise ConfigError(
             [
                 (
                     "data.sequence_length",
-                    f"{length} tokens are more than the {max_positions} positions of the model; "
+                    f"{length} tokens are more than the {limit} positions of the model; "
                     f"shorten it, or raise `{where}.max_position_embeddings`",
                 )
             ]

@@ -16,8 +16,8 @@ from trainer.config.facts import facts_to_json
 from trainer.config.load import load_config, read_run_config
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError, ExitCode, TrimtabError
-from trainer.model.build import max_positions, meta_model
-from trainer.model.configuration import first_line
+from trainer.model.build import meta_model
+from trainer.model.configuration import first_line, max_positions
 from trainer.model.groups import parameter_facts, shape_of
 from trainer.records import ModelFacts
 
@@ -26,7 +26,7 @@ def describe(config: RunConfig, vocabulary: int | None = None) -> ModelFacts:
     """The facts of the model of `config`. No weights are read and no memory is taken.
 
     Args:
-        vocabulary: tokens of the run's tokenizer; None: as many as the config promises (see :func:`expected_vocabulary`).
+        vocabulary: tokens of the run's tokenizer; None: as many as :func:`expected_vocabulary` says.
 
     Raises:
         ConfigError: as :func:`trainer.model.build.build_model`.
@@ -104,7 +104,7 @@ def _matmul_parameters(model: PreTrainedModel) -> int:
     num_experts = _first_int(config, ("num_experts", "num_local_experts", "n_routed_experts"), 0)
     chosen = _first_int(config, ("num_experts_per_tok", "moe_top_k"), num_experts)
     look_ups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None and getattr(head, "weight", None) is not None:
         look_ups.discard(id(head.weight))
     total = 0
