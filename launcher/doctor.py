@@ -1,4 +1,4 @@
-"""What this machine offers a run, what will not work on it, and why. Imports none of the packages that it reports on."""
+"""What this machine offers a run, what will not work on it, and why. Imports none of the packages it reports on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from rich.table import Table
+from rich.text import Text
+
 Level = Literal["fine", "note", "wrong"]
 
 GIB = 1024**3
 PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "tensorboard")
+
+_MARKS: dict[Level, tuple[str, str]] = {"fine": ("✓", "green"), "note": ("!", "yellow"), "wrong": ("✗", "red")}
 
 _ALL_REDUCE = """
 import os, torch, torch.distributed as dist
@@ -225,3 +230,17 @@ def _all_reduce(environment: Mapping[str, str]) -> Finding:
         last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "see torchrun by hand")
         return Finding("all-reduce", f"two ranks over gloo failed: {last.strip()}", "wrong")
     return Finding("all-reduce", "two ranks over gloo agree")
+
+
+def table(findings: list[Finding]) -> Table:
+    """The findings as a table; what does not work is marked."""
+    result = Table(box=None, show_header=False, pad_edge=False)
+    result.add_column()
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    for finding in findings:
+        mark, style = _MARKS[finding.level]
+        result.add_row(
+            Text(mark, style=style), Text(finding.topic), Text(finding.text, style=style if mark == "✗" else "")
+        )
+    return result

@@ -52,6 +52,7 @@ def supervise(
     targets: Callable[[int], list[int]] | None = None,
     inherit: Sequence[int] = (),
     grace_seconds: float = URGENT_GRACE_SECONDS,
+    stopping: str = "stopping",
     say: Callable[[str], None] = lambda _: None,
 ) -> Ended:
     """Run `argv` with `environment` in a session of its own until it has ended and no descendant of it is left.
@@ -59,6 +60,7 @@ def supervise(
     Args:
         targets: from the command's process id to the processes that a request to stop is passed to; itself by default.
         inherit: descriptors that the command keeps open (the lock of the run).
+        stopping: what the first request leads to, in words.
         say: told in a sentence what a signal led to.
 
     Must be called from the main thread. If this process dies, even by SIGKILL, the kernel sends the command SIGTERM.
@@ -94,7 +96,7 @@ def supervise(
         except OSError as error:
             raise LaunchError(f"{argv[0]} cannot be started: {error.strerror}") from error
         family = _Family(process, spared)
-        requested = _wait(family, watched, targets or (lambda pid: [pid]), grace_seconds, say)
+        requested = _wait(family, watched, targets or (lambda pid: [pid]), grace_seconds, stopping, say)
         left = family.kill()
         code = process.returncode
         killed = bool(left) or code == -signal.SIGKILL
@@ -112,6 +114,7 @@ def _wait(
     watched: set[signal.Signals],
     targets: Callable[[int], list[int]],
     grace_seconds: float,
+    stopping: str,
     say: Callable[[str], None],
 ) -> signal.Signals | None:
     command = family.command
@@ -131,7 +134,7 @@ def _wait(
         received = signal.Signals(info.si_signo)
         if requested is None:
             requested = received
-            say(f"{_words(received)}: finishing this step, then saving and stopping; once more to stop at once")
+            say(f"{_words(received)}: {stopping}; once more to stop at once")
             # while there are no ranks yet, the command itself is all there is to end
             for pid in targets(command.pid) or [command.pid]:
                 # Python turns SIGINT into a traceback wherever no handler is installed yet; SIGTERM ends it quietly

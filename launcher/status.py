@@ -59,7 +59,7 @@ def status_of(root: Path, now: float) -> RunStatus:
     """Where the run in `root` stands at `now` (Unix seconds)."""
     files = RunFiles(root)
     outcome = read_outcome(root)
-    newest = last_record(files.ledger, lambda record: True)
+    newest = last_record(files.ledger, lambda _: True)
     attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt" and record.get("applied", True))
     start = last_record(files.ledger, lambda record: record["kind"] == "start")
     evaluation = last_record(files.ledger, lambda record: record["kind"] == "evaluation")
@@ -77,7 +77,7 @@ def status_of(root: Path, now: float) -> RunStatus:
         steps=_first(ended.get("steps"), start and start.get("steps")),
         loss=loss,
         held_out_loss=_first(held_out, evaluation and evaluation.get("loss")),
-        tokens_per_second=attempt and attempt.get("tokens_per_second"),
+        tokens_per_second=attempt.get("tokens_per_second") if attempt else None,
         checkpoint=newest_checkpoint(root),
         seconds_since=since,
     )

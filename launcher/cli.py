@@ -1,0 +1,211 @@
+"""`trimtab`: the command line. Imports what a verb needs when the verb runs, so that help is there at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher import start
+
+app = typer.Typer(
+    name="trimtab",
+    help="Trains language models across many nodes and keeps the run on course by itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the directory of a run.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Options on top of the config: optim.lr=1e-3")
+]
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", min=1, metavar="N", help="Processes on each machine (cluster.ranks_per_node).")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start anew: an earlier run of this name is moved to NAME.old-N.")
+]
+
+
+def _say(text: str) -> None:
+    """Tell the user, beside whatever the output is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"trimtab {version('trimtab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    ranks: RanksOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Train on this machine. The same command again goes on where the run stopped."""
+    from launcher import start, words
+
+    request = start.read_request(config, overrides or (), ranks)
+    _warn(request)
+    start.require_one_node(request.config)
+    with start.entered(request, fresh, _say) as lock:
+        if earlier := start.completed_before(request.root):
+            print(words.closing(request.root, earlier))
+            _say("There is nothing left to do; --fresh trains it anew.")
+            return
+        plan = start.make_ready(request, lock, _say)
+        outcome = start.train(request, plan, lock, _say)
+    print(words.closing(request.root, outcome), flush=True)
+    raise typer.Exit(int(outcome["exit_code"]))
+
+
+@app.command()
+def plan(config: ConfigArgument, overrides: OverridesArgument = None, ranks: RanksOption = None) -> None:
+    """Show what a run would be: ranks, batch, memory, steps, and the files for the launchers. Starts nothing."""
+    from launcher import start
+    from launcher.plan import render_plan
+
+    request = start.read_request(config, overrides or (), ranks)
+    _warn(request)
+    the_plan = start.plan_of(request.config, start.describe_model(request.config))
+    console = _console()
+    console.print(render_plan(the_plan))
+    for name, text in start.generated_files(request.config, the_plan).items():
+        if name != "plan.json":
+            console.rule(f"{request.root.name}/{name}", align="left")
+            print(text, flush=True)
+
+
+@app.command()
+def prepare(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    ranks: RanksOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Write the run directory and prepare its data, then show the other ways to start it."""
+    from launcher import accelerate, start
+
+    request = start.read_request(config, overrides or (), ranks)
+    _warn(request)
+    with start.entered(request, fresh, _say) as lock:
+        the_plan = start.make_ready(request, lock, _say)
+    layout = start.layout_of(request.config, the_plan)
+    print(f"{request.root} is ready. Any of these starts it, and goes on with it:\n")
+    if layout.nodes == 1:
+        print(f"  # trimtab\n  {accelerate.Command('trimtab', ('trimtab', 'run', str(request.root))).shell()}\n")
+    else:
+        print(f"On each of the {layout.nodes} machines; NODE_RANK counts them from 0, MASTER_ADDR is the first one.\n")
+    for command in accelerate.ways_to_start(layout, request.root):
+        print(f"  # {command.title}\n  {command.shell()}\n")
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder of runs, or one run.")] = Path("runs"),
+) -> None:
+    """All runs of a folder: state, step, loss, speed, last checkpoint."""
+    from launcher.status import statuses, table
+
+    runs = statuses(folder)
+    if not runs:
+        _say(f"there are no runs in {folder}")
+        return
+    _console().print(table(runs))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    once: Annotated[bool, typer.Option("--once", help="Show where it stands and leave.")] = False,
+) -> None:
+    """Watch a run from its ledger, live. Ctrl-C leaves; the run goes on."""
+    from launcher.watch import watch_run
+
+    watch_run(run, _console(), once=once)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A checkpoint of the run. Default: the newest.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Default: RUN/export.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16.")] = None,
+) -> None:
+    """Write weights and tokenizer as `from_pretrained` loads them."""
+    import subprocess
+
+    from trainer.config.load import read_run_config
+
+    read_run_config(run)
+    argv = [sys.executable, "-m", "trainer.stages.export", str(run.absolute())]
+    for name, value in (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype)):
+        if value is not None:
+            argv.append(f"{name}={value}")
+    raise typer.Exit(subprocess.run(argv, check=False).returncode)  # noqa: S603 (a list, no shell)
+
+
+@app.command()
+def doctor(
+    deep: Annotated[bool, typer.Option("--deep", help="Also let two processes talk to each other.")] = False,
+    folder: Annotated[Path, typer.Option("--runs", metavar="RUNS", help="Where runs will be written.")] = Path("runs"),
+) -> None:
+    """What this machine offers, what will not work on it, and why."""
+    import os
+
+    from launcher.doctor import examine, table
+
+    findings = examine(folder, os.environ, deep)
+    _console().print(table(findings))
+    if any(finding.level == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _warn(request: start.Request) -> None:
+    for warning in request.warnings:
+        _say(f"warning: {warning}")
+
+
+def main() -> None:
+    """The entry point: an error that is meant for the user is its sentence and its exit code; any other keeps its
+    traceback."""
+    try:
+        app()
+    except TrimtabError as error:
+        _say(f"trimtab: {error}")
+        sys.exit(int(error.exit_code))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""A start of a run, from its config to what is to be opened at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import accelerate, local
+from launcher.run_directory import (
+    RunFiles,
+    create,
+    differences,
+    has_trained,
+    locked,
+    move_aside,
+    read_outcome,
+    run_path,
+    write_atomically,
+)
+from trainer.config.check import check_config
+from trainer.config.load import dump_config, load_config, read_run_config
+from trainer.config.resolve import deepspeed_config
+from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
+    from trainer.config.schema import RunConfig
+    from trainer.records import ModelFacts
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for: a checked config and the directory of its run."""
+
+    config: RunConfig
+    root: Path
+    warnings: tuple[str, ...]
+
+
+def read_request(source: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> Request:
+    """The request from a config file, or from a run directory, whose run it then is.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    if ranks is not None:
+        overrides = [*overrides, f"cluster.ranks_per_node={ranks}"]
+    if source.is_dir():
+        config = load_config(RunFiles(source).config, overrides) if overrides else read_run_config(source)
+        root = Path(os.path.normpath(source.absolute()))
+    else:
+        config = load_config(source, overrides)
+        root = None
+    warnings = tuple(check_config(config, str(source)))
+    return Request(config, root or run_path(config), warnings)
+
+
+@contextlib.contextmanager
+def entered(request: Request, fresh: bool, say: Say) -> Iterator[int | None]:
+    """The run directory, locked, holding the config of the request; yields the descriptor of the lock.
+
+    Raises:
+        RunDirectoryError: it is unwritable, in use, something else, or of a run with another config.
+    """
+    root = request.root
+    if fresh and root.is_dir() and any(root.iterdir()):
+        create(root)
+        with locked(root):
+            say(f"moved the earlier run to {move_aside(root)}")
+    create(root)
+    with locked(root) as lock:
+        if lock is None:
+            say(f"{root} is on a file system without locks: nothing stops a second start of the same run")
+        _accept_config(request, say)
+        yield lock
+
+
+def _accept_config(request: Request, say: Say) -> None:
+    files = RunFiles(request.root)
+    if files.config.exists():
+        ways_out = (
+            "use another `name`, or --fresh, which moves the old directory aside, or go on with the old config: "
+            f"trimtab run {shlex.quote(str(request.root))}"
+        )
+        try:
+            found = differences(read_run_config(request.root), request.config)
+        except ConfigError as error:
+            if has_trained(request.root):
+                text = f"{request.root} holds a config that this version does not read; {ways_out}\n{error}"
+                raise RunDirectoryError(text) from error
+            found = []
+        if refused := [difference for difference in found if not difference.harmless]:
+            if has_trained(request.root):
+                lines = "\n".join(f"  {difference}" for difference in refused)
+                raise RunDirectoryError(f"{request.root} holds a run with another config:\n{lines}\n{ways_out}")
+            say("nothing was trained with the config in the run directory: replacing it")
+        elif found:
+            say("changed since the last start: " + ", ".join(map(str, found)))
+    write_atomically(files.config, dump_config(request.config))
+
+
+def completed_before(root: Path) -> dict[str, Any] | None:
+    """The outcome of a run that has reached its end; None for any other."""
+    outcome = read_outcome(root)
+    return outcome if outcome and outcome["reason"] == "completed" else None
+
+
+def describe_model(config: RunConfig) -> ModelFacts:
+    """The facts of the config's model, from a process of their own: they need transformers.
+
+    Raises:
+        LaunchError: the model cannot be described; the text is what that process said.
+    """
+    import subprocess
+
+    from trainer.config.facts import facts_from_json
+
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        argv = [sys.executable, "-m", "trainer.model.describe", str(path)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603 (a list, no shell)
+    if done.returncode:
+        raise LaunchError(done.stderr.strip() or f"the model cannot be described (exit code {done.returncode})")
+    return facts_from_json(done.stdout)
+
+
+def plan_of(config: RunConfig, facts: ModelFacts) -> Plan:
+    """The plan of `config` on this machine."""
+    from launcher.plan import make_plan
+    from launcher.resources import detect_resources
+
+    return make_plan(config, facts, detect_resources())
+
+
+def layout_of(config: RunConfig, plan: Plan) -> accelerate.Layout:
+    """Where the ranks of the plan are."""
+    cluster = config.cluster
+    return accelerate.Layout(cluster.nodes, cluster.ranks_per_node, plan.device, plan.threads_per_rank)
+
+
+def generated_files(config: RunConfig, plan: Plan) -> dict[str, str]:
+    """Names and contents of what is generated for launchers and readers."""
+    layout = layout_of(config, plan)
+    deepspeed = deepspeed_config(config, layout.ranks, plan.device, plan.precision)
+    return {
+        "plan.json": json.dumps(dataclasses.asdict(plan), indent=1, ensure_ascii=False, default=str) + "\n",
+        "accelerate.yaml": accelerate.accelerate_yaml(layout),
+        "deepspeed.json": json.dumps(deepspeed, indent=1) + "\n",
+    }
+
+
+def prepare(root: Path, lock: int | None, say: Say) -> None:
+    """Prepare data and check the model, in a process whose progress is seen.
+
+    Raises:
+        SystemExit: it ended otherwise than well, and has said why.
+    """
+    argv = [sys.executable, "-m", "trainer.stages.prepare", str(root)]
+    ended = local.supervise(
+        argv, os.environ, inherit=() if lock is None else (lock,), stopping="stopping to prepare", say=say
+    )
+    if ended.exit_code == 0:
+        return
+    if ended.stop_requested:
+        say("stopped while preparing; the same command goes on")
+        raise SystemExit(ExitCode.STOPPED)
+    if ended.exit_code == ExitCode.USAGE:
+        raise SystemExit(ExitCode.USAGE)
+    say(f"preparing failed (exit code {ended.exit_code}); what it said is above, and the same command tries again")
+    raise SystemExit(ExitCode.CRASHED)
+
+
+def make_ready(request: Request, lock: int | None, say: Say) -> Plan:
+    """Everything that must be there before ranks start: data, facts of the model, plan and launcher files."""
+    from trainer.config.facts import facts_from_json
+
+    prepare(request.root, lock, say)
+    files = RunFiles(request.root)
+    plan = plan_of(request.config, facts_from_json(files.model.read_text(encoding="utf-8")))
+    for name, text in generated_files(request.config, plan).items():
+        write_atomically(request.root / name, text)
+    return plan
+
+
+def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str, Any]:
+    """Start the ranks here, wait for them, and return the outcome."""
+    files = RunFiles(request.root)
+    # so that what is read afterwards is of this start
+    files.outcome.unlink(missing_ok=True)
+    settings = accelerate.environment(layout_of(request.config, plan))
+    ended = local.supervise(
+        accelerate.accelerate_argv(request.root),
+        {
+            **os.environ,
+            **settings,
+            "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
+            local.SUPERVISED: "1",
+        },
+        targets=local.children_of,
+        inherit=() if lock is None else (lock,),
+        stopping="finishing this step, then saving and stopping",
+        say=say,
+    )
+    outcome = read_outcome(request.root)
+    if outcome is not None:
+        return outcome
+    if ended.stop_requested and not ended.killed:
+        return {
+            "reason": "stopped",
+            "exit_code": int(ExitCode.STOPPED),
+            "message": "stopped before the first step; the same command starts again",
+        }
+    how = "was killed before it could save" if ended.stop_requested else "died without saying why"
+    return {
+        "reason": "crashed",
+        "exit_code": int(ExitCode.CRASHED),
+        "message": f"the run {how} (exit code {ended.exit_code}); the same command goes on from the last checkpoint",
+    }
+
+
+def require_one_node(config: RunConfig) -> None:
+    """
+    Raises:
+        LaunchError: the config asks for several machines, and this command starts one.
+    """
+    if config.cluster.nodes > 1:
+        raise LaunchError(
+            f"the config asks for {config.cluster.nodes} machines, and `trimtab run` starts this one only; "
+            "`trimtab prepare` shows the commands for each machine, cluster.nodes=1 runs it here"
+        )

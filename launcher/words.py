@@ -1,0 +1,57 @@
+"""What the command line says at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from launcher.run_directory import RunFiles
+
+_HEADLINES = {
+    "completed": "The run is complete",
+    "stopped": "The run stopped as asked",
+    "halted": "The guard halted the run",
+    "crashed": "The run crashed",
+    "refused": "The run was refused",
+}
+
+
+def closing(root: Path, outcome: dict[str, Any]) -> str:
+    """Why the run ended, its figures, and what to open."""
+    files = RunFiles(root)
+    reason = str(outcome["reason"])
+    lines = ["", f"{_HEADLINES.get(reason, reason)}: {outcome.get('message', '')}".rstrip(": ")]
+    rows = []
+    if outcome.get("step") is not None:
+        rows.append(("step", f"{outcome['step']} of {outcome.get('steps', '?')}"))
+    if (held_out := outcome.get("held_out_loss")) is not None:
+        rows.append(("held-out loss", f"{held_out:.4f} nats a token{_beside(unigram_entropy(root))}"))
+    if files.tensorboard.is_dir():
+        rows.append(("TensorBoard", f"tensorboard --logdir {_path(files.tensorboard)}"))
+    if files.export.is_dir():
+        rows.append(("export", _path(files.export)))
+    rows.append(("run directory", _path(root)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(lines + [f"  {name:<{width}}  {text}" for name, text in rows])
+
+
+def _beside(entropy: float | None) -> str:
+    return "" if entropy is None else f" (unigram entropy of the text: {entropy:.4f})"
+
+
+def unigram_entropy(root: Path) -> float | None:
+    """Entropy of the text's token frequencies, in nats; None where preparing recorded none."""
+    try:
+        value = json.loads(RunFiles(root).data.read_text(encoding="utf-8")).get("unigram_entropy")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _path(path: Path) -> str:
+    """As it is pasted into a shell; relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return shlex.quote(relative if len(relative) < len(str(path)) else str(path))
