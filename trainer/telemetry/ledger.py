@@ -141,6 +141,45 @@ def standing(records: Iterable[Record], kind: str = "attempt") -> list[Record]:
     return [kept[step] for step in sorted(kept)]
 
 
+def surviving(path: Path) -> Iterator[Record]:
+    """The records of a ledger without those of steps that a later start did again; attempts not applied are kept.
+
+    Reads the file twice rather than hold it in memory.
+
+    Raises:
+        RunDirectoryError: there is no ledger at `path`.
+    """
+    resumed = {record["start"]: record["resumed_step"] for record in read_ledger(path) if record["kind"] == "start"}
+    limits: dict[int, float] = {}
+    limit = math.inf
+    for start in sorted(resumed, reverse=True):
+        limits[start] = limit
+        limit = min(limit, resumed[start])
+
+    def stands(record: Record) -> bool:
+        of_a_step = record["kind"] in ("attempt", "weights", "evaluation")
+        return not of_a_step or record["step"] <= limits.get(record["start"], math.inf)
+
+    return filter(stands, read_ledger(path))
+
+
+def notice(record: Record) -> tuple[str, str] | None:
+    """(level, text) where a record is something that a person must hear: every view shows the same notices."""
+    match record["kind"]:
+        case "message":
+            return record["level"], record["text"]
+        case "attempt" if not record["applied"]:
+            reason = record["reason"] or f"the update overflowed at loss scale {record['loss_scale']:g}"
+            verb = "halted at" if record["verdict"] == "halt" else "skipped"
+            return "warning", f"{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
+        case "attempt" if not record["agree"]:
+            return "error", f"the ranks disagree about the decision before attempt {record['attempt']}"
+        case "outcome":
+            level = "info" if record["reason"] in ("completed", "stopped") else "error"
+            return level, f"{record['reason']}: {record['message']}"
+    return None
+
+
 def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:
     """The newest record for which `wanted` holds, from the end of the file; None: none, or no file."""
     try:

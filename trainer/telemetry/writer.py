@@ -45,8 +45,12 @@ class Ledger:
     A killed process loses what the thread had not yet taken up (milliseconds); `flush` after what must not be lost.
     """
 
-    def __init__(self, path: Path, views: Sequence[View] = (), complain: Callable[[str], None] = say):
+    def __init__(
+        self, path: Path, make_views: Sequence[Callable[[], View]] = (), complain: Callable[[str], None] = say
+    ):
         """Opens or creates the ledger; a line that a killed process left unfinished is ended first.
+
+        Each of `make_views` is called in the ledger's thread once the file is open.
 
         Raises:
             RunDirectoryError: the file cannot be opened for writing.
@@ -63,7 +67,8 @@ class Ledger:
         self._num_dropped = 0
         self._lost = False
         self._problem: OSError | None = None
-        self._views = list(views)
+        self._views: list[View] = []
+        self._make_views = make_views
         self._complain = complain
         self._queue: queue.SimpleQueue[Callable[[], Record] | threading.Event | None] = queue.SimpleQueue()
         self._closed = False
@@ -92,6 +97,11 @@ class Ledger:
         return self._problem
 
     def _work(self) -> None:
+        for make_view in self._make_views:
+            try:
+                self._views.append(make_view())
+            except Exception as error:  # noqa: BLE001
+                self._complain(f"a view of {self.path.name} could not be opened and is off: {error!r}")
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 self._sync()

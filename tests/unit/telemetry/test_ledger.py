@@ -231,7 +231,7 @@ def test_views_see_what_a_reader_gets_and_a_failing_one_is_left_out(tmp_path: Pa
 
     seen, broken, said = Seen(), Broken(), list[str]()
     path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path, [broken, seen], complain=said.append)
+    ledger = Ledger(path, [lambda: broken, lambda: seen], complain=said.append)
     ledger.write(lambda: attempt(1, 1) | {"loss": math.inf, "pair": (1, 2)})
     ledger.write(lambda: attempt(2, 2) | {"loss": object()})
     ledger.write(lambda: attempt(3, 3))
