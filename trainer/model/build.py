@@ -53,7 +53,7 @@ def build_model(
             raise ConfigError(
                 [("model.activation_checkpointing", f"{type(model).__name__} does not support it; turn it off")]
             )
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
 
