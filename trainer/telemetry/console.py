@@ -151,7 +151,7 @@ class RunView:
             ("seconds a step", f"{self._mean('seconds'):.3g}"),
         ]
         table = Table.grid(padding=(0, 2), expand=True)
-        for ratio in (4, 5, 4, 6):
+        for ratio in (None, 5, None, 6):
             table.add_column(ratio=ratio, no_wrap=True)
         for (name, value), (other, also) in zip(cells[::2], cells[1::2], strict=True):
             table.add_row(Text(name, "dim"), value, Text(other, "dim"), also)

@@ -37,6 +37,7 @@ class ConsoleView:
         self._live = Live(self._view, console=console, auto_refresh=False) if live else None
         self._lock = threading.Lock()
         self._lines: list[Text] = []
+        self._last_words: list[Text] = []
         self._changed = False
         self._num_lines = 0
         self._next_line = 0.0
@@ -50,7 +51,8 @@ class ConsoleView:
             self._changed = True
             heard = notice(record)
             if heard and not (self._quiet and heard[0] == "info" and record["kind"] != "outcome"):
-                self._lines.append(notice_line(record["time"], *heard))
+                lines = self._last_words if record["kind"] == "outcome" else self._lines
+                lines.append(notice_line(record["time"], *heard))
             if self._live is None and not self._quiet:
                 self._line_of(record)
 
@@ -85,15 +87,19 @@ class ConsoleView:
         self._show()
         if self._live is not None:
             self._live.stop()
+        self._print(self._last_words)
 
     def _show(self) -> None:
         with self._lock:
             lines, self._lines = self._lines, []
             changed, self._changed = self._changed, False
-        for line in lines:
-            self._console.print(line, soft_wrap=True, highlight=False)
+        self._print(lines)
         if self._live is not None and changed:
             self._live.refresh()
+
+    def _print(self, lines: list[Text]) -> None:
+        for line in lines:
+            self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def console_view(mode: Mode) -> ConsoleView:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from trainer.telemetry.names import group_by_layer, group_by_part
 from trainer.telemetry.writer import say
 
 FOLDER = "tensorboard"
+COMMAND = "tensorboard --logdir {folder} --samples_per_plugin scalars=100000"
+"""What to type to see it. Without the option TensorBoard keeps 1000 points of a curve and drops the spikes between."""
 
 LOSS = "1 stability/loss"
 GRADIENT_NORM = "1 stability/gradient norm"
@@ -73,7 +76,6 @@ _LAYOUT = {
         "learning rate": _exactly(LEARNING_RATE),
     },
 }
-_MAX_MESSAGES = 200
 _GIB = 1 << 30
 
 
@@ -106,6 +108,7 @@ class TensorBoardView:
         self._parts = _Groups({})
         self._step = 0
         self._messages: list[str] = []
+        self._step_of_messages = -1
 
     def update(self, record: Record) -> None:
         match record["kind"]:
@@ -147,8 +150,8 @@ class TensorBoardView:
         self._main.layout(layout_of(_LAYOUT), record["time"])
         hidden = {"kind", "time", "parameter_names", "config"}
         facts = {key: value for key, value in record.items() if key not in hidden}
-        self._main.text("run", _table(facts), self._step, record["time"])
-        self._main.text("config", f"```yaml\n{record['config']}\n```", self._step, record["time"])
+        self._main.text("1 run", _table(facts), self._step, record["time"])
+        self._main.text("3 config", f"```yaml\n{record['config']}\n```", self._step, record["time"])
 
     def _attempt(self, record: Record) -> None:
         self._step = record["step"]
@@ -200,11 +203,11 @@ class TensorBoardView:
         self._scalars(values, record)
 
     def _message(self, level: str, text: str, time: float) -> None:
-        """All messages so far in one card: of two values at one step TensorBoard shows only the later."""
-        cell = text.replace("|", "\\|").replace("\n", "<br>")
-        self._messages = [*self._messages[-_MAX_MESSAGES + 1 :], f"| {self._step} | {level} | {cell} |"]
-        table = "\n".join(["| step | level | message |", "| --- | --- | --- |", *self._messages])
-        self._main.text("messages", table, self._step, time)
+        """One card a step: of two values at one step TensorBoard shows only the later."""
+        if self._step != self._step_of_messages:
+            self._messages, self._step_of_messages = [], self._step
+        self._messages.append(f"- **{level}** {text}")
+        self._main.text("2 messages", "\n".join(self._messages), self._step, time)
 
     def _scalars(self, values: Mapping[str, float], record: Record) -> None:
         self._main.scalars(values, record["step"], record["time"])
@@ -250,7 +253,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         for run in arguments:
-            say(f"tensorboard --logdir {rebuild(Path(run))}")
+            say(COMMAND.format(folder=shlex.quote(str(rebuild(Path(run))))))
     except TrimtabError as error:
         say(str(error))
         return int(error.exit_code)
