@@ -1,0 +1,289 @@
+"""Writes a folder of prepared data: documents → clean text → tokens and a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from trainer.config.schema import DataConfig
+from trainer.data import tokenize
+from trainer.data.clean import EXACT, NEAR, Cleaned, clean
+from trainer.data.corpus import Document, Source
+from trainer.data.duplicates import NearDuplicates
+from trainer.data.pool import Pool
+from trainer.data.tokenize import Choice, EncodeTask, Vocabulary
+from trainer.errors import DataError
+from trainer.records import IntArray
+
+FORMAT = 1
+"""Raise it when the same input gives other files."""
+SPLITS = ("train", "held_out")
+Progress = Callable[[str, int, int | None], None]
+"""(stage, documents done, documents in all where that is known)"""
+
+_CHUNK_CHARACTERS = 1_000_000
+_CHUNK_DOCUMENTS = 4096
+_BYTES_WORTH_A_WORKER = 4_000_000
+_EXAMPLES = 3
+
+
+@dataclass
+class Tally:
+    """What happened to the documents of one source."""
+
+    documents: int = 0
+    characters: int = 0
+    repaired: Counter[str] = field(default_factory=Counter)
+    removed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def remove(self, rule: str, document: Cleaned) -> None:
+        entry = self.removed.setdefault(rule, {"documents": 0, "characters": 0, "examples": []})
+        entry["documents"] += 1
+        entry["characters"] += document.num_characters
+        if len(entry["examples"]) < _EXAMPLES:
+            entry["examples"].append(document.name)
+
+
+@dataclass
+class Part:
+    """The clean documents of one source in one split."""
+
+    source: int
+    split: str
+    stem: Path
+    characters: int = 0
+    bytes: int = 0
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    """UTF-8 bytes of each document."""
+
+    @property
+    def text(self) -> Path:
+        """All documents, one after the other; gone when the build is done."""
+        return self.stem.with_suffix(".text")
+
+    def starts(self) -> IntArray:
+        return np.cumsum(np.concatenate([[0], np.frombuffer(self.lengths, dtype=np.int64)]), dtype=np.int64)
+
+    def texts(self) -> Iterator[str]:
+        with self.text.open("rb") as file:
+            for length in self.lengths:
+                yield file.read(length).decode()
+
+
+def build(
+    folder: Path,
+    config: DataConfig,
+    sources: Sequence[Source],
+    choice: Choice,
+    files: Sequence[Sequence[tuple[str, str]]],
+    key: str,
+    progress: Progress,
+) -> None:
+    """Fill the empty `folder`; the manifest is written last.
+
+    Args:
+        files: (name, hash) of the files of each source.
+
+    Raises:
+        DataError: a document cannot be read, or none is left.
+    """
+    for split in SPLITS:
+        (folder / split).mkdir()
+    workers = config.workers or len(os.sched_getaffinity(0))
+    worthwhile = sum(source.num_bytes for source in sources) // _BYTES_WORTH_A_WORKER
+    with Pool(max(1, min(workers, worthwhile))) as pool:
+        parts, tallies = _clean(folder, config, sources, pool, progress)
+        _refuse_empty(parts, tallies)
+        training = [part for part in parts if part.split == "train"]
+        progress("tokenizer", 0, None)
+        vocabulary = tokenize.save(
+            choice,
+            folder / "tokenizer",
+            (text for part in training for text in part.texts()),
+            sum(part.characters for part in training),
+        )
+        arrays, counts = _tokenise(folder, parts, vocabulary, pool, progress)
+    backend = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    content = [FORMAT, vocabulary.eos_id, xxhash.xxh3_128_hexdigest(backend)]
+    content += [[entry["source"], entry["split"], entry["digest"]] for entry in arrays]
+    manifest = {
+        "format": FORMAT,
+        "key": key,
+        "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(content).encode()),
+        "sources": [
+            {
+                "name": source.name,
+                "documents": tally.documents,
+                "characters": tally.characters,
+                "repaired": dict(tally.repaired),
+                "removed": tally.removed,
+                "files": [list(pair) for pair in own_files],
+            }
+            for source, tally, own_files in zip(sources, tallies, files, strict=True)
+        ],
+        "clean": config.clean.model_dump(),
+        "held_out": config.held_out,
+        "tokenizer": choice.identity,
+        "vocabulary": {
+            "size": vocabulary.size,
+            "eos_id": vocabulary.eos_id,
+            "mask_id": vocabulary.mask_id,
+            "special_ids": list(vocabulary.special_ids),
+        },
+        "dtype": vocabulary.dtype.name,
+        "arrays": arrays,
+        "unigram_entropy": unigram_entropy(counts["train"], counts["held_out"]),
+    }
+    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document[1])
+        if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _clean(
+    folder: Path, config: DataConfig, sources: Sequence[Source], pool: Pool, progress: Progress
+) -> tuple[list[Part], list[Tally]]:
+    known = [source.num_documents for source in sources]
+    total = None if None in known else sum(filter(None, known))
+    parts: list[Part] = []
+    tallies: list[Tally] = []
+    exact: set[int] = set()
+    near = NearDuplicates(config.clean.near_duplicates) if config.clean.near_duplicates is not None else None
+    for index, source in enumerate(sources):
+        tally = Tally()
+        tallies.append(tally)
+        own = {split: Part(index, split, folder / split / f"{index:03d}") for split in SPLITS}
+        parts += own.values()
+        with ExitStack() as stack:
+            texts = {split: stack.enter_context(part.text.open("wb")) for split, part in own.items()}
+            names = {
+                split: stack.enter_context(part.stem.with_suffix(".names").open("wb")) for split, part in own.items()
+            }
+            for documents, signatures in pool.map(partial(clean, config=config.clean), _chunks(source.documents())):
+                row = -1
+                for document in documents:
+                    tally.documents += 1
+                    tally.characters += document.num_characters
+                    tally.repaired.update(document.repairs)
+                    rule = document.rule
+                    row += rule is None
+                    if rule is None and config.clean.exact_duplicates:
+                        rule = EXACT if document.digest in exact else None
+                        exact.add(document.digest)
+                    if rule is None and near is not None and signatures is not None:
+                        if near.find(signatures[row]) is None:
+                            near.add(signatures[row])
+                        else:
+                            rule = NEAR
+                    if rule is not None:
+                        tally.remove(rule, document)
+                        continue
+                    # by the text alone: a document stays in its split when others come and go
+                    split = "held_out" if document.digest < config.held_out * 2**128 else "train"
+                    part = own[split]
+                    texts[split].write(document.text)
+                    name = document.name.replace("\n", " ").replace("\r", " ")
+                    names[split].write(name.encode("utf-8", "backslashreplace") + b"\n")
+                    part.lengths.append(len(document.text))
+                    part.characters += document.num_characters
+                    part.bytes += len(document.text)
+                progress("cleaning", sum(each.documents for each in tallies), total)
+    return parts, tallies
+
+
+def _refuse_empty(parts: Sequence[Part], tallies: Sequence[Tally]) -> None:
+    if any(part.lengths for part in parts):
+        return
+    removed: Counter[str] = Counter()
+    for tally in tallies:
+        removed.update({rule: entry["documents"] for rule, entry in tally.removed.items()})
+    reasons = ", ".join(f"{count} {rule}" for rule, count in removed.most_common()) or "the sources hold none"
+    read = sum(tally.documents for tally in tallies)
+    raise DataError(f"no text is left of {read} documents ({reasons}): add sources, or loosen data.clean")
+
+
+def _tokenise(
+    folder: Path, parts: Sequence[Part], vocabulary: Vocabulary, pool: Pool, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, IntArray]]:
+    """Token and offset files; returns the manifest's entry of each part, and each split's count of every token."""
+    counts = {split: np.zeros(vocabulary.size, dtype=np.int64) for split in SPLITS}
+    total, done = sum(len(part.lengths) for part in parts), 0
+    arrays = []
+    for part in parts:
+        digest, lengths = xxhash.xxh3_128(), [np.zeros(1, dtype=np.int64)]
+        tasks = _tasks(part, folder / "tokenizer" / "tokenizer.json", vocabulary)
+        with part.stem.with_suffix(".tokens").open("wb") as file:
+            for tokens, own_lengths in pool.map(tokenize.encode, tasks):
+                file.write(tokens.data)
+                digest.update(tokens.data)
+                counts[part.split] += np.bincount(tokens, minlength=vocabulary.size)
+                lengths.append(own_lengths)
+                done += len(own_lengths)
+                progress("tokenising", done, total)
+        offsets = np.cumsum(np.concatenate(lengths))
+        digest.update(offsets.data)
+        np.save(part.stem.with_suffix(".offsets.npy"), offsets)
+        part.text.unlink()
+        arrays.append(
+            {
+                "source": part.source,
+                "split": part.split,
+                "documents": len(part.lengths),
+                "characters": part.characters,
+                "bytes": part.bytes,
+                "tokens": int(offsets[-1]),
+                "digest": digest.hexdigest(),
+            }
+        )
+    return arrays, counts
+
+
+def _tasks(part: Part, tokenizer: Path, vocabulary: Vocabulary) -> Iterator[EncodeTask]:
+    starts = part.starts()
+    begin = 0
+    while begin < len(part.lengths):
+        end = int(np.searchsorted(starts, starts[begin] + _CHUNK_CHARACTERS))
+        end = min(max(end, begin + 1), begin + _CHUNK_DOCUMENTS, len(part.lengths))
+        yield EncodeTask(tokenizer, part.text, starts[begin : end + 1], vocabulary)
+        begin = end
+
+
+def unigram_entropy(train: IntArray, held_out: IntArray) -> float | None:
+    """Nats per held-out token under the train split's unigrams with add-one smoothing; None without tokens."""
+    if not held_out.sum():
+        return None
+    log_probabilities = np.log((train + 1) / (train.sum() + len(train)))
+    return float(-(held_out * log_probabilities).sum() / held_out.sum())

@@ -1,0 +1,135 @@
+"""Repairs of a document, and the rules by which one is left out. Runs in worker processes, a document at a time."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ftfy
+import ftfy.badness
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.config.schema import CleanConfig
+from trainer.data import duplicates
+from trainer.data.corpus import Document
+
+UNDECODABLE, UNICODE = "undecodable bytes replaced", "unicode repaired"
+"""Repairs, by the name they are counted under."""
+TOO_SHORT, TOO_LONG = "shorter than min_characters", "longer than max_characters"
+FEW_LETTERS, REPETITION = "fewer letters than min_letters", "more repetition than max_repetition"
+EXACT, NEAR = "exact duplicate", "near duplicate"
+RULES = (TOO_SHORT, TOO_LONG, FEW_LETTERS, REPETITION, EXACT, NEAR)
+"""Reasons for leaving a document out, in the order in which they are tried."""
+
+_CONTROLS = bytes(code for code in (*range(32), 127) if chr(code) not in "\t\n")
+_NON_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
+_SPACES = b" \t\n"
+_ASCII, _BEYOND_ASCII = bytes(range(128)), bytes(range(128, 256))
+# C0 and C1 controls but tab and newline, the byte-order mark, and code points that are no characters
+_UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_MIN_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """What became of one document."""
+
+    name: str
+    text: bytes
+    """UTF-8; empty where a rule leaves the document out."""
+    num_characters: int
+    repairs: tuple[str, ...]
+    rule: str | None
+    """The rule that leaves it out."""
+    digest: int
+    """128-bit hash of the text."""
+
+
+def clean(documents: Sequence[Document], config: CleanConfig) -> tuple[list[Cleaned], NDArray[np.uint32] | None]:
+    """The documents, repaired and judged one by one, and the MinHash signatures of those that stay.
+
+    Returns:
+        One record a document; signatures [documents that stay, permutations], None where nobody asks for them.
+    """
+    results, kept = [], []
+    for name, raw in documents:
+        text, repairs = repair(raw, config)
+        data = text.encode()
+        rule = judge(text, data, config)
+        digest = xxhash.xxh3_128_intdigest(data)
+        results.append(Cleaned(name, b"" if rule else data, len(text), repairs, rule, digest))
+        if not rule:
+            kept.append(text)
+    return results, duplicates.signatures(kept) if config.near_duplicates is not None else None
+
+
+def repair(text: str, config: CleanConfig) -> tuple[str, tuple[str, ...]]:
+    """The text as it can be encoded, and repaired where the config asks for it; with the names of the repairs."""
+    repairs = []
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # joins surrogates that belong together; what is left over cannot be encoded
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            repairs.append(UNDECODABLE)
+    if config.unicode:
+        repaired = _repair_ascii(text) if text.isascii() else _repair_unicode(text)
+        if repaired != text.replace("\r\n", "\n"):
+            repairs.append(UNICODE)
+        text = repaired
+    return text, tuple(repairs)
+
+
+def _unify_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _repair_ascii(text: str) -> str:
+    # no mojibake and nothing to normalise in ASCII; bytes are an order of magnitude faster than a regular expression
+    return _unify_newlines(text).encode("ascii").translate(None, _CONTROLS).decode("ascii")
+
+
+def _repair_unicode(text: str) -> str:
+    text = _unify_newlines(text)
+    # mis-decoding is a matter of lines, and looking at a line costs far more than finding it to be ASCII
+    lines = text.split("\n")
+    for index, line in enumerate(lines):
+        if not line.isascii() and ftfy.badness.is_bad(line):
+            lines[index] = ftfy.fix_encoding(line)
+    text = _UNWANTED.sub("", "\n".join(lines))
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
+def judge(text: str, data: bytes, config: CleanConfig) -> str | None:
+    """The rule that leaves the text out, None where it stays. `data` is the text in UTF-8."""
+    if not data or len(text) < config.min_characters:
+        return TOO_SHORT
+    if config.max_characters is not None and len(text) > config.max_characters:
+        return TOO_LONG
+    if config.min_letters and fraction_of_letters(data) < config.min_letters:
+        return FEW_LETTERS
+    if config.max_repetition < 1 and fraction_of_repeats(text) > config.max_repetition:
+        return REPETITION
+    return None
+
+
+def fraction_of_letters(data: bytes) -> float:
+    """Letters of any script over characters that are not space; 0 for nothing but space."""
+    ascii_part = data.translate(None, _BEYOND_ASCII)
+    letters, visible = len(ascii_part.translate(None, _NON_LETTERS)), len(ascii_part.translate(None, _SPACES))
+    if len(ascii_part) < len(data):
+        beyond = data.translate(None, _ASCII).decode()
+        letters += sum(map(str.isalpha, beyond))
+        visible += len(beyond)
+    return letters / visible if visible else 0.0
+
+
+def fraction_of_repeats(text: str) -> float:
+    """Lines that repeat another line over lines, blank ones aside; 0 for a text of fewer than ten lines."""
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
+    return 1 - len(set(lines)) / len(lines) if len(lines) >= _MIN_LINES else 0.0

@@ -1,0 +1,166 @@
+"""A folder of prepared data, opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from trainer.data import tokenize
+from trainer.data.build import FORMAT
+from trainer.data.samples import Boundaries, Samples, SourceTokens
+from trainer.data.tokenize import Vocabulary
+from trainer.errors import DataError
+
+Split = Literal["train", "held_out"]
+
+
+class Prepared:
+    """Tokens on disk, and what is known about them."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], weights: Sequence[float] | None):
+        self.path = path
+        self._manifest = manifest
+        self.weights = tuple(weights) if weights is not None else (1.0,) * len(manifest["sources"])
+        """Passes over each source in an epoch."""
+        known = manifest["vocabulary"]
+        self._vocabulary = Vocabulary(known["size"], known["eos_id"], known["mask_id"], tuple(known["special_ids"]))
+
+    @classmethod
+    def open(cls, path: Path, weights: Sequence[float] | None = None) -> Prepared:
+        """Open a folder that `prepare` has written.
+
+        Args:
+            weights: passes over each source in an epoch; by default 1.
+
+        Raises:
+            DataError: there is none, or a file of it is missing or has another size.
+        """
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} holds no prepared data: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise DataError(f"{path} was prepared by another version of Trimtab: delete it, and it is prepared again")
+        prepared = cls(path, manifest, weights)
+        for entry in manifest["arrays"]:
+            for file, size in prepared._expected_sizes(entry):
+                if not file.is_file() or file.stat().st_size < size:
+                    raise DataError(f"{file} is missing or damaged: delete {path}, and it is prepared again")
+        return prepared
+
+    def _expected_sizes(self, entry: dict[str, Any]) -> list[tuple[Path, int]]:
+        stem = self._stem(entry)
+        return [
+            (stem.with_suffix(".tokens"), entry["tokens"] * np.dtype(self._manifest["dtype"]).itemsize),
+            (stem.with_suffix(".offsets.npy"), (entry["documents"] + 1) * 8),
+            (stem.with_suffix(".names"), entry["documents"]),
+        ]
+
+    def _stem(self, entry: dict[str, Any]) -> Path:
+        return self.path / str(entry["split"]) / f"{entry['source']:03d}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over all tokens, document boundaries and the tokenizer."""
+        return str(self._manifest["fingerprint"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All that is known: per source the files with their hashes, repairs, removals; per array the counts."""
+        return self._manifest
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder that `AutoTokenizer.from_pretrained` loads."""
+        return self.path / "tokenizer"
+
+    @property
+    def vocabulary(self) -> int:
+        """Largest token id + 1."""
+        return self._vocabulary.size
+
+    @property
+    def eos_id(self) -> int:
+        return self._vocabulary.eos_id
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._vocabulary.mask_id
+
+    @property
+    def unigram_entropy(self) -> float | None:
+        """Nats per held-out token under the train split's unigrams (add-one smoothing); None without tokens."""
+        value = self._manifest["unigram_entropy"]
+        return None if value is None else float(value)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes per token of the held-out split; bits per byte = nats per token / ln 2 / this."""
+        return self._per_token("bytes")
+
+    @property
+    def characters_per_token(self) -> float | None:
+        """Characters per token of the held-out split."""
+        return self._per_token("characters")
+
+    def total(self, what: str, split: Split) -> int:
+        """Sum of `documents`, `characters`, `bytes` or `tokens` over the sources of a split."""
+        return sum(entry[what] for entry in self._manifest["arrays"] if entry["split"] == split)
+
+    def _per_token(self, what: str) -> float | None:
+        tokens = self.total("tokens", "held_out")
+        return self.total(what, "held_out") / tokens if tokens else None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was read, repaired, removed and kept, for printing and for the run's records."""
+        sources = []
+        for index, source in enumerate(self._manifest["sources"]):
+            kept = {entry["split"]: entry for entry in self._manifest["arrays"] if entry["source"] == index}
+            numbers = ("documents", "characters", "bytes", "tokens")
+            sources.append(
+                {name: source[name] for name in ("name", "documents", "characters", "repaired", "removed")}
+                | {split: {name: entry[name] for name in numbers} for split, entry in kept.items()}
+            )
+        return {
+            "path": str(self.path),
+            "fingerprint": self.fingerprint,
+            "vocabulary": self.vocabulary,
+            "unigram_entropy": self.unigram_entropy,
+            "sources": sources,
+        }
+
+    def samples(self, split: Split, sequence_length: int, boundaries: Boundaries) -> Samples:
+        """The samples of a split.
+
+        Raises:
+            DataError: the split has none.
+        """
+        sources = []
+        for entry in self._manifest["arrays"]:
+            if entry["split"] == split:
+                stem = self._stem(entry)
+                tokens = (
+                    # a plain array over the mapping: a memmap object makes indexing several times slower
+                    np.asarray(np.memmap(stem.with_suffix(".tokens"), self._manifest["dtype"], "r"))
+                    if entry["tokens"]
+                    else np.empty(0, dtype=self._manifest["dtype"])
+                )
+                offsets = np.asarray(np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r"))
+                name = self._manifest["sources"][entry["source"]]["name"]
+                weight = self.weights[entry["source"]]
+                sources.append(SourceTokens(name, weight, tokens, offsets, stem.with_suffix(".names")))
+        return Samples(
+            sources,
+            sequence_length=sequence_length,
+            boundaries=boundaries,
+            eos_id=self.eos_id,
+            mask_id=self.mask_id,
+            ordinary_ids=self._vocabulary.ordinary_ids,
+            decode=lambda ids: tokenize.decoder(self.tokenizer_path).decode(ids, skip_special_tokens=False),
+            split=split,
+        )

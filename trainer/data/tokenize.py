@@ -1,0 +1,235 @@
+"""Tokenizers: found, trained, saved; and text to tokens in worker processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trainer.config.schema import TokenizerConfig, TrainTokenizerConfig
+from trainer.data.hashes import ContentHashes
+from trainer.errors import DataError
+from trainer.records import IntArray
+
+END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
+_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_KNOWN_MASKS = (MASK, "<mask>", "[MASK]")
+_MAX_CHARACTERS_AT_ONCE = 4_000_000
+"""Longer documents are encoded in pieces that end at a newline: a token takes about 100 bytes while it is encoded."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the rest needs to know of a tokenizer."""
+
+    size: int
+    """Largest token id + 1."""
+    eos_id: int
+    mask_id: int | None
+    special_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest type that holds a token."""
+        return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+
+    @property
+    def ordinary_ids(self) -> IntArray:
+        """Ids of all tokens that are not special, [n]."""
+        return np.setdiff1d(np.arange(self.size), self.special_ids)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tokenizer a config asks for, before anything is written."""
+
+    train: TrainTokenizerConfig | None
+    location: str | Path | None
+    """Folder, file or hub id of one that exists."""
+    trust_remote_code: bool
+    identity: dict[str, Any]
+    """What tells it from another one: goes into the key of prepared data."""
+
+
+def choose(
+    config: TokenizerConfig, fallback: str | None, base: Path, trust_remote_code: bool, hashes: ContentHashes
+) -> Choice:
+    """The tokenizer of the config, else that of the pretrained model `fallback`.
+
+    Raises:
+        DataError: there is none, or it cannot be loaded.
+    """
+    if config.train is not None:
+        return Choice(config.train, None, trust_remote_code, {"train": config.train.model_dump()})
+    name = config.path or fallback
+    if name is None:
+        raise DataError("no tokenizer: set `data.tokenizer.path`, `data.tokenizer.train` or `model.pretrained`")
+    place = next((path for path in (base / Path(name).expanduser(), Path(name).expanduser()) if path.exists()), None)
+    if place is None:
+        backend = _load(name, trust_remote_code).backend_tokenizer.to_str()
+        return Choice(None, name, trust_remote_code, {"hub": xxhash.xxh3_128_hexdigest(backend.encode())})
+    if place.is_file():
+        files = [place]
+    else:
+        files = sorted({path for pattern in _FILES for path in place.glob(pattern) if path.is_file()})
+        if not files:
+            raise DataError(f"{place} holds no tokenizer: neither tokenizer.json nor a vocabulary")
+    return Choice(None, place, trust_remote_code, {"files": [[path.name, hashes.of(path)] for path in files]})
+
+
+def _load(location: str | Path, trust_remote_code: bool) -> Any:
+    """A transformers tokenizer with a Rust backend."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if isinstance(location, Path) and location.is_file() and location.suffix != ".gguf":
+            tokenizer = _with_special_tokens(location)
+        elif isinstance(location, Path) and location.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(str(location.parent), gguf_file=location.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(location), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"the tokenizer {str(location)!r} cannot be loaded: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(f"the tokenizer {str(location)!r} has no fast version (tokenizer.json), which is needed")
+    return tokenizer
+
+
+def _with_special_tokens(file: Path) -> Any:
+    """A bare tokenizer.json says nothing about the roles of its tokens: they are known by their names."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+    roles = {
+        role: next((name for name in names if name in vocabulary), None)
+        for role, names in (("eos_token", _KNOWN_ENDS), ("mask_token", _KNOWN_MASKS))
+    }
+    given = {role: name for role, name in roles.items() if name}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **given)  # type: ignore[no-untyped-call]
+
+
+def save(choice: Choice, folder: Path, texts: Iterator[str], num_characters: int) -> Vocabulary:
+    """Write the tokenizer so that `AutoTokenizer.from_pretrained(folder)` loads it, after training it where asked.
+
+    Args:
+        texts: the training documents, for a tokenizer that is trained here.
+        num_characters: of all texts.
+    """
+    if choice.train is None:
+        assert choice.location is not None
+        tokenizer = _load(choice.location, choice.trust_remote_code)
+    else:
+        tokenizer = _train(choice.train, texts, num_characters)
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        # the Rust side raises a plain Exception for what the system said
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
+    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    return Vocabulary(size, end, tokenizer.mask_token_id, tuple(sorted(set(tokenizer.all_special_ids))))
+
+
+def _train(config: TrainTokenizerConfig, texts: Iterator[str], num_characters: int) -> Any:
+    """Byte-level BPE (Radford et al. 2019): no text is out of vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[END_OF_TEXT, MASK],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_evenly(texts, min(1.0, config.max_characters / max(1, num_characters))), trainer)
+    names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "mask_token": MASK}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)  # type: ignore[no-untyped-call]
+
+
+def _evenly(texts: Iterator[str], fraction: float) -> Iterator[str]:
+    for index, text in enumerate(texts):
+        if int((index + 1) * fraction) > int(index * fraction):
+            yield text
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Some documents that follow each other in a file of text."""
+
+    tokenizer: Path
+    """tokenizer.json"""
+    text: Path
+    starts: IntArray
+    """[documents + 1]: byte offsets in the file."""
+    vocabulary: Vocabulary
+
+
+def encode(task: EncodeTask) -> tuple[NDArray[Any], IntArray]:
+    """Tokens of all documents, each followed by end-of-text, and the number of each, [documents]."""
+    tokenizer = _tokenizer(task.tokenizer)
+    with task.text.open("rb") as file:
+        file.seek(int(task.starts[0]))
+        data = file.read(int(task.starts[-1] - task.starts[0]))
+    starts = (task.starts - task.starts[0]).tolist()
+    texts = [data[begin:end].decode() for begin, end in pairwise(starts)]
+    if len(data) <= _MAX_CHARACTERS_AT_ONCE:
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        encoded = [
+            [
+                token
+                for piece in _pieces(text)
+                for token in tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            ]
+            for text in texts
+        ]
+    lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+    tokens = np.full(int(lengths.sum()), task.vocabulary.eos_id, dtype=task.vocabulary.dtype)
+    begin = 0
+    for ids in encoded:
+        tokens[begin : begin + len(ids)] = ids
+        begin += len(ids) + 1
+    return tokens, lengths
+
+
+def _pieces(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > _MAX_CHARACTERS_AT_ONCE:
+        newline = text.rfind("\n", begin, begin + _MAX_CHARACTERS_AT_ONCE)
+        end = newline + 1 if newline >= begin else begin + _MAX_CHARACTERS_AT_ONCE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path))
+    # a text that spells a special token is text, and documents keep their length
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def decoder(folder: Path) -> Tokenizer:
+    """The tokenizer of prepared data, for turning tokens back into text."""
+    return _tokenizer(folder / "tokenizer.json")
