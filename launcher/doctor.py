@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from rich.table import Table
 from rich.text import Text
+
+from launcher.resources import Resources, detect_resources
 
 Level = Literal["fine", "note", "wrong"]
 
@@ -53,8 +57,8 @@ def examine(folder: Path, environment: Mapping[str, str], deep: bool = False) ->
         deep: start two processes that add a number up over gloo.
     """
     findings = [_python(), *_packages()]
-    gpus = _gpus()
-    findings += [*_devices(gpus), _backends(bool(gpus)), *_processor(), *_memory(), _disk(folder)]
+    resources = detect_resources()
+    findings += [*_devices(resources), *_processor(resources), _memory(resources), _disk(folder)]
     findings += [_shared_memory(), _open_files(), *_compiler(environment)]
     if deep:
         findings.append(_all_reduce(environment))
@@ -75,61 +79,27 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _output(argv: list[str], timeout_seconds: float) -> str | None:
-    """Standard output of a command; None where there is none such or it fails."""
-    path = shutil.which(argv[0])
-    if path is None:
-        return None
-    try:
-        done = subprocess.run(  # noqa: S603 (a list, no shell)
-            [path, *argv[1:]], capture_output=True, text=True, timeout=timeout_seconds, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+def _devices(resources: Resources) -> list[Finding]:
+    findings = [Finding("GPUs", note, "wrong") for note in resources.notes]
+    if not resources.gpus and not findings:
+        seen = "nvidia-smi shows none" if shutil.which("nvidia-smi") else "nvidia-smi is not installed"
+        findings = [Finding("GPUs", f"none ({seen}): runs use the CPU", "note")]
+    for number, gpu in enumerate(resources.gpus):
+        text = f"{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB"
+        if gpu.has_bf16:
+            findings.append(Finding(f"GPU {number}", text))
+        else:
+            findings.append(
+                Finding(f"GPU {number}", f"{text}: no bf16; precision=auto takes fp32, or set fp16", "note")
+            )
+    backend = "NCCL between GPUs, gloo on CPU" if resources.gpus else "gloo, on CPU"
+    return [*findings, Finding("backends", backend)]
 
 
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
-    return [line for line in (_output(query, 30) or "").splitlines() if line.strip()]
-
-
-def _devices(gpus: list[str]) -> list[Finding]:
-    if not gpus:
-        seen = "nvidia-smi finds none" if shutil.which("nvidia-smi") else "nvidia-smi is not installed"
-        return [Finding("GPUs", f"none ({seen}): runs use the CPU, with gloo and fp32", "note")]
-    findings = []
-    for number, line in enumerate(gpus):
-        name, memory, driver, capability = (part.strip() for part in line.split(","))
-        finding = Finding(f"GPU {number}", f"{name}, {memory}, driver {driver}, compute capability {capability}")
-        if float(capability) < 8:
-            finding = Finding(finding.topic, f"{finding.text}: no bf16, set precision=fp16", "note")
-        findings.append(finding)
-    if metadata_version("torch").endswith("+cpu"):
-        text = (
-            "torch is built without it: runs use the CPU although there are GPUs; install another build (see Makefile)"
-        )
-        findings.append(Finding("CUDA", text, "wrong"))
-    return findings
-
-
-def metadata_version(name: str) -> str:
-    """Version of an installed package; empty where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _backends(gpu: bool) -> Finding:
-    return Finding("backends", "NCCL on GPUs, gloo on CPU" if gpu else "gloo")
-
-
-def _processor() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0))
-    total = os.cpu_count() or cores
-    others = f" of {total} (the others are not for this process)" if cores < total else ""
-    findings = [Finding("cores", f"{cores}{others}")]
+def _processor(resources: Resources) -> list[Finding]:
+    total = os.cpu_count() or resources.cores
+    others = f" of {total} (the others are not for this process)" if resources.cores < total else ""
+    findings = [Finding("cores", f"{resources.cores}{others}")]
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
     except OSError:
@@ -143,35 +113,21 @@ def _processor() -> list[Finding]:
     return findings
 
 
-def _memory() -> list[Finding]:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    except (OSError, ValueError, IndexError):
-        return [Finding("memory", "unknown", "note")]
-    total, available = kib["MemTotal"] / 1024**2, kib["MemAvailable"] / 1024**2
-    findings = [Finding("memory", f"{available:.1f} GiB of {total:.1f} GiB available")]
-    if limit := _cgroup_limit():
-        findings.append(Finding("memory limit", f"{limit / GIB:.1f} GiB for this process and its children (cgroup)"))
-    return findings
-
-
-def _cgroup_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() and int(text) < 1 << 60 else None
-    return None
+def _memory(resources: Resources) -> Finding:
+    available = min(psutil.virtual_memory().available, resources.memory_bytes)
+    return Finding("memory", f"{available / GIB:.1f} GiB of {resources.memory_bytes / GIB:.1f} GiB available")
 
 
 def _disk(folder: Path) -> Finding:
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     usage = shutil.disk_usage(existing)
     text = f"{usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free under {existing}"
-    if not os.access(existing, os.W_OK):
-        return Finding("disk", f"{text}, but it is not writable", "wrong")
+    try:
+        # permission bits say little for root and on network file systems
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"x")
+    except OSError as error:
+        return Finding("disk", f"{text}, but it is not writable ({error.strerror})", "wrong")
     if usage.free < 2 * GIB:
         return Finding("disk", f"{text}: too little for checkpoints of anything but a tiny model", "note")
     return Finding("disk", text)

@@ -138,7 +138,7 @@ def _wait(
             # while there are no ranks yet, the command itself is all there is to end
             for pid in targets(command.pid) or [command.pid]:
                 # Python turns SIGINT into a traceback wherever no handler is installed yet; SIGTERM ends it quietly
-                _send(pid, signal.SIGTERM if received == signal.SIGINT else received)
+                _send(pid, signal.SIGUSR1 if received == signal.SIGUSR1 else signal.SIGTERM)
         elif deadline is None and received in (signal.SIGINT, signal.SIGTERM):
             deadline = time.monotonic() + grace_seconds
             say(

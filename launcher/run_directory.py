@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
 
 if TYPE_CHECKING:
@@ -40,57 +41,6 @@ HARMLESS = (
 Threads and the layout of folders are here because only the place changes; another number of threads can change the last
 bits of a sum.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class RunFiles:
-    """Where the files of a run are. Nothing here says that they exist."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.json"
-
-    @property
-    def accelerate(self) -> Path:
-        return self.root / "accelerate.yaml"
-
-    @property
-    def deepspeed(self) -> Path:
-        return self.root / "deepspeed.json"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model.json"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.root / "ledger.jsonl"
-
-    @property
-    def outcome(self) -> Path:
-        return self.root / "outcome.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import accelerate, local
 from launcher.run_directory import (
-    RunFiles,
     create,
     differences,
     has_trained,
@@ -27,6 +26,7 @@ from launcher.run_directory import (
     write_atomically,
 )
 from trainer.config.check import check_config
+from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
 from trainer.config.resolve import deepspeed_config
 from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError

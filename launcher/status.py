@@ -13,7 +13,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from launcher.run_directory import LOCK_FILE, RunFiles, read_outcome
+from launcher.run_directory import LOCK_FILE, read_outcome
+from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
 from trainer.telemetry.ledger import Record, last_record
 

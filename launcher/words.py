@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from launcher.run_directory import RunFiles
+from trainer.config.files import RunFiles
 
 _HEADLINES = {
     "completed": "The run is complete",

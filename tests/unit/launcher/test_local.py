@@ -108,7 +108,7 @@ def test_one_request_is_passed_on_once_and_leaves_time_to_save(number: signal.Si
         driver.until("ready:")
         os.kill(driver.process.pid, number)
         ended = driver.rest()
-    passed = signal.SIGTERM if number == signal.SIGINT else number
+    passed = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
     assert f"got: {int(passed)} pending: 0" in driver.lines
     assert ended == {"exit_code": 75, "stop_requested": int(number), "killed": False}
 
