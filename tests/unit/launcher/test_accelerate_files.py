@@ -49,7 +49,9 @@ def test_the_commands_on_several_machines_expand_on_each() -> None:
     commands = {command.title: command.shell() for command in ways_to_start(CLUSTER, Path("/r/x"))}
     place = '--machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" -m trainer /r/x'
     assert commands["accelerate"].endswith(f"accelerate launch --config_file /r/x/accelerate.yaml {place}")
-    assert '--nnodes 2 --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29500' in commands["torchrun"]
+    assert (
+        '--nnodes 2 --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29500' in commands["torchrun"]
+    )
     assert '--hostfile "$HOSTFILE" --num_nodes 2 --no_ssh --node_rank "$NODE_RANK"' in commands["deepspeed"]
     assert "srun --nodes 2 --ntasks-per-node 8" in commands["srun"]
 

@@ -112,7 +112,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
     # /proc takes no files from anybody, root included
-    with pytest.raises(RunDirectoryError, match=r"^the run directory /proc/runs/x is not writable \(.+\); change") as error:
+    with pytest.raises(
+        RunDirectoryError, match=r"^the run directory /proc/runs/x is not writable \(.+\); change"
+    ) as error:
         create(Path("/proc/runs/x"))
     assert "\n" not in str(error.value)
 
@@ -151,9 +153,8 @@ def test_the_lock_lasts_as_long_as_a_process_that_inherited_it(tmp_path: Path) -
         heir = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(descriptor,)
         )
-    with heir:
-        with pytest.raises(RunDirectoryError, match="being run"), locked(tmp_path):
-            pass
+    with heir, pytest.raises(RunDirectoryError, match="being run"), locked(tmp_path):
+        pass
     with locked(tmp_path):
         pass
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 from pathlib import Path
@@ -32,7 +33,11 @@ def attempt(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def make_run(
-    root: Path, *records: dict[str, Any], age: float = 0.0, outcome: dict[str, Any] | None = None, outcome_age: float = 0
+    root: Path,
+    *records: dict[str, Any],
+    age: float = 0.0,
+    outcome: dict[str, Any] | None = None,
+    outcome_age: float = 0,
 ) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.yaml").write_text("")
@@ -100,10 +105,9 @@ def test_a_folder_of_runs_and_a_name_that_looks_like_markup(tmp_path: Path) -> N
     runs = statuses(tmp_path, NOW)
     assert [run.name for run in runs] == ["[red]$(touch x)'", "b"]
     assert [run.name for run in statuses(tmp_path / "b", NOW)] == ["b"]
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table(runs))
-    console.file.close()
-    text = console.export_text()
+    shown = io.StringIO()
+    Console(width=160, file=shown).print(table(runs))
+    text = shown.getvalue()
     assert "[red]$(touch x)'" in text
     assert "NaN" in text
     assert "1/100" in text
@@ -113,12 +117,10 @@ def test_a_folder_of_runs_and_a_name_that_looks_like_markup(tmp_path: Path) -> N
 
 def test_watch_shows_where_a_run_stands(tmp_path: Path) -> None:
     root = make_run(tmp_path / "a", START, attempt(41, loss=3.1415))
-    with (tmp_path / "shown").open("w+") as file:
-        watch_run(root, Console(file=file, width=100), once=True)
-        file.seek(0)
-        shown = file.read()
-    assert "step 41 of 100" in shown
-    assert "3.1415" in shown
+    shown = io.StringIO()
+    watch_run(root, Console(file=shown, width=100), once=True)
+    assert "step 41 of 100" in shown.getvalue()
+    assert "3.1415" in shown.getvalue()
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         watch_run(tmp_path, Console())
 
