@@ -20,13 +20,14 @@ from trainer.telemetry.ledger import Record, notice
 
 Mode = Literal["auto", "live", "lines", "quiet"]
 
-_REFRESH_SECONDS = 0.5
+# rendering takes about 10 ms of one core
+_REFRESH_SECONDS = 1.0
 _LINE_EVERY_SECONDS = 5.0
 _FIRST_LINES = 3
 
 
 class ConsoleView:
-    """Shows a run on a console while it goes on. `update` only notes the record; a thread prints, twice a second."""
+    """Shows a run on a console while it goes on. `update` only notes the record; a thread prints, once a second."""
 
     def __init__(self, mode: Mode, console: Console):
         self._console = console

@@ -31,7 +31,7 @@ def braille(values: Sequence[float], width: int, height: int) -> list[str]:
                 continue
             y = round((high - value) / (high - low) * (rows - 1)) if high > low else rows // 2
             # a steep line is drawn without gaps
-            start = y if previous is None else min(max(previous, y - 1), y + 1) if abs(previous - y) <= 1 else previous
+            start = y if previous is None else previous + (y > previous) - (y < previous)
             for dot in range(min(start, y), max(start, y) + 1):
                 grid[dot // _DOTS_HIGH][x // _DOTS_WIDE] |= _BITS[x % _DOTS_WIDE][dot % _DOTS_HIGH]
             previous = y
