@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +12,20 @@ from trainer.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def choose_device(config: RunConfig, num_gpus: int) -> Device:
+    """`cluster.device`; `auto` is GPUs where every rank of a node can have one of `num_gpus`, else CPU."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if num_gpus >= config.cluster.ranks_per_node else "cpu"
+
+
+def choose_precision(config: RunConfig, device: Device, has_bf16: bool) -> Precision:
+    """`precision`; `auto` is bf16 on GPUs that have it, fp32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device == "cuda" and has_bf16 else "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +147,15 @@ def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: P
     if precision == "fp16":
         result["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return result
+
+
+_WITHOUT_EFFECT_ON_BITS = {"name", "runs", "cluster", "evaluation", "checkpoint", "telemetry", "guard"}
+_DATA_WITHOUT_EFFECT = {"prepared", "accept_changed", "workers", "prefetch", "exclude_batches"}
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Hash of all options that change what is trained on what: equal for two starts that may continue each other."""
+    relevant = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT_ON_BITS | {"data"}) | {
+        "data": config.data.model_dump(mode="json", exclude=_DATA_WITHOUT_EFFECT)
+    }
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
