@@ -13,7 +13,7 @@ from trainer.errors import CheckpointError, RunHaltedError
 from trainer.records import Batch, Halt, Position, Skip, Step, StepStats, Verdict
 from trainer.stability.guard import Guard
 from trainer.stop import StopRequest
-from trainer.telemetry.telemetry import Telemetry
+from trainer.telemetry.recorder import Recorder
 from trainer.telemetry.timing import StepTimer
 
 
@@ -37,7 +37,7 @@ class Parts:
     engine: Engine
     stream: Stream
     guard: Guard
-    telemetry: Telemetry
+    telemetry: Recorder
     timer: StepTimer
     stop: StopRequest
     learning_rate: Callable[[int], float]
@@ -58,13 +58,21 @@ class Ending:
     held_out_loss: float | None
 
 
-def train(parts: Parts, position: Position) -> Ending:
-    """Train from `position` to the last step, or until asked to stop.
+@dataclass(slots=True)
+class Progress:
+    """Where the loop stands: kept outside of it, so that it is known after an error too."""
+
+    position: Position
+
+
+def train(parts: Parts, progress: Progress) -> Ending:
+    """Train from where `progress` stands to the last step, or until asked to stop.
 
     Raises:
         RunHaltedError: the guard's diagnosis. What was saved before stays.
     """
     engine, guard, telemetry = parts.engine, parts.guard, parts.telemetry
+    position = progress.position
     decision, saved_step, stopped = 0, position.step, False
     while position.step < parts.steps and not stopped:
         parts.timer.begin()
@@ -81,6 +89,7 @@ def train(parts: Parts, position: Position) -> Ending:
         rate = parts.learning_rate(stats.step)
         applied = carry_out(verdict, stats, rate, parts)
         position = Position(step=position.step + applied, attempt=stats.attempt, next_batch=parts.stream.next_batch)
+        progress.position = position
         telemetry.record_attempt(
             stats, verdict, parts.timer.end(batch.seconds_waiting), lr=rate, epoch=batch.epoch, applied=applied
         )

@@ -101,6 +101,8 @@ def join(device: Device, timeout_seconds: float = 1800.0) -> Ranks:
         torch.cuda.set_device(ranks.local_rank)
     import deepspeed
 
+    # a reduction for inference, never called in training, that DeepSpeed would compile with g++ on every new machine
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         auto_mpi_discovery=False,

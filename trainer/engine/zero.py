@@ -95,8 +95,8 @@ class Engine:
         """Forward and backward over all micro-batches of this rank, gradients reduced; nothing is applied.
 
         The gradient is that of Σ terms / `batch.num_targets` over the *global* batch, however targets are spread over
-        ranks and micro-batches. Dropout is seeded by (seed, batch, place in the batch), so that a replay, a resume and a run
-        without an excluded batch draw the same masks.
+        ranks and micro-batches. Dropout is seeded by (seed, batch, place in the batch): a replay, a resume and a
+        run without an excluded batch draw the same masks.
 
         Args:
             batch: this rank's micro-batches.
@@ -230,6 +230,6 @@ def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
 
 
 def seed_everything(seed: int, batch_index: int, first_sample: int) -> None:
-    """Seed torch on all devices from a place in the data: randomness is a function of position, with no state to save."""
+    """Seed torch on all devices from a place in the data: randomness is a function of position, no state to save."""
     sequence = np.random.SeedSequence((seed, batch_index, first_sample))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

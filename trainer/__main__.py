@@ -1,0 +1,153 @@
+"""What every rank runs: `accelerate launch … -m trainer RUN` (or torchrun, deepspeed, srun)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from trainer.config.files import RunFiles
+from trainer.config.load import read_run_config
+from trainer.config.resolve import Device, Precision
+from trainer.config.schema import RunConfig
+from trainer.errors import ExitCode, LaunchError, RunHaltedError, TrimtabError
+from trainer.records import Outcome
+from trainer.stop import StopRequest
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run this rank of RUN to its end; the exit code of the process."""
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if len(arguments) != 1:
+        print("name a run directory: accelerate launch … -m trainer RUN", file=sys.stderr)
+        return ExitCode.USAGE
+    stop = StopRequest().listen()
+    files = RunFiles(Path(arguments[0]).absolute())
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    try:
+        return _start(files, stop)
+    except TrimtabError as error:
+        reason = "halted" if isinstance(error, RunHaltedError) else "refused"
+        if error.exit_code == ExitCode.CRASHED:
+            reason = "crashed"
+        first = note_end(files, Outcome(reason, error.exit_code, str(error), 0, 0, newest_checkpoint(files)))
+        if first or rank == "0":
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the outcome must say why, whatever it was
+        text = f"rank {rank}: {type(error).__name__}: {error}"
+        note_end(files, Outcome("crashed", ExitCode.CRASHED, text, 0, 0, newest_checkpoint(files)))
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return ExitCode.CRASHED
+
+
+def _start(files: RunFiles, stop: StopRequest) -> int:
+    quieten()
+    config = read_run_config(files.root)
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    from trainer.engine.ranks import join, leave
+
+    ranks = join(device)
+    if ranks.is_first:
+        files.outcome.unlink(missing_ok=True)
+    from trainer.stages.prepare import open_run, prepare_run
+    from trainer.stages.pretrain import Pretraining, Setting
+
+    if ranks.is_first and not files.data.exists():
+        prepare_run(files, config)
+    import torch.distributed as dist
+
+    dist.barrier()
+    prepared, facts = open_run(files, config)
+    stage = Pretraining(Setting(files, config, ranks, device, precision, prepared, facts, stop))
+    try:
+        ending = stage.run()
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            stage.telemetry.close(stage.outcome_of(error))
+        raise
+    outcome = stage.outcome(ending)
+    stage.telemetry.close(outcome)
+    if ranks.is_first:
+        note_end(files, outcome)
+    leave()
+    return outcome.exit_code
+
+
+def choose_device(config: RunConfig) -> Device:
+    """GPUs where every rank of this node can have one.
+
+    Raises:
+        LaunchError: GPUs are asked for and there are not enough.
+    """
+    if config.cluster.device == "cpu":
+        return "cpu"
+    import torch
+
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.ranks_per_node))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= wanted:
+        return "cuda"
+    if config.cluster.device == "cuda":
+        raise LaunchError(f"{wanted} ranks on this node need a GPU each, and there are {found}; lower the ranks")
+    return "cpu"
+
+
+def choose_precision(config: RunConfig, device: Device) -> Precision:
+    """What `auto` means here: bf16 on GPUs that have it, fp32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    if device == "cpu":
+        return "fp32"
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+
+
+def note_end(files: RunFiles, outcome: Outcome) -> bool:
+    """Write `outcome.json` unless this start already has one: the first rank to fail knows best.
+
+    Returns:
+        Whether it was written.
+    """
+    partial = files.root / f".outcome.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(asdict(outcome), indent=1))
+        os.link(partial, files.outcome)
+    except OSError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def newest_checkpoint(files: RunFiles) -> str | None:
+    """Of a run that has ended early, relative to its directory."""
+    from trainer.checkpoint.manifest import name_of
+    from trainer.checkpoint.store import committed_steps
+
+    steps = committed_steps(files.checkpoints)
+    return f"checkpoints/{name_of(steps[-1])}" if steps else None
+
+
+def quieten() -> None:
+    """Keep other libraries' chatter off the console; their warnings and errors stay."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed calls what torch 2.13 has renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""What can be refused before the ranks start: data prepared, model known. `python -m trainer.stages.prepare RUN`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from trainer.config.facts import facts_from_json, facts_to_json
+from trainer.config.files import RunFiles
+from trainer.config.load import read_run_config
+from trainer.config.schema import RunConfig
+from trainer.data.build import Progress
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Prepared
+from trainer.errors import DataError, ExitCode, RunDirectoryError, TrimtabError
+from trainer.model.describe import describe
+from trainer.records import ModelFacts
+
+
+def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = None) -> tuple[Prepared, ModelFacts]:
+    """Prepare the data of a run (nothing to do when it is there), check its model, and note both in the run directory.
+
+    Raises:
+        DataError: unusable or changed data.
+        ConfigError: a model that does not fit.
+    """
+    prepared = prepare(
+        config.data,
+        base=files.root,
+        tokenizer_fallback=config.model.pretrained,
+        trust_remote_code=config.model.trust_remote_code,
+        progress=progress,
+    )
+    if files.data.exists():
+        began_with = json.loads(files.data.read_text())["fingerprint"]
+        pass  # check_unchanged(prepared, began_with, config.data.accept_changed)
+    # both splits must be readable at this length before any rank starts
+    for split in ("train", "held_out"):
+        prepared.samples(split, config.data.sequence_length, config.data.boundaries)
+    facts = describe(config, prepared.vocabulary)
+    note = {"path": str(prepared.path), "fingerprint": prepared.fingerprint, "report": prepared.report}
+    write_whole(files.data, json.dumps(note, indent=1))
+    write_whole(files.model, facts_to_json(facts))
+    return prepared, facts
+
+
+def open_run(files: RunFiles, config: RunConfig) -> tuple[Prepared, ModelFacts]:
+    """What :func:`prepare_run` left, without looking at the sources again.
+
+    Raises:
+        DataError: the prepared data is gone or another.
+    """
+    try:
+        note = json.loads(files.data.read_text())
+        facts = facts_from_json(files.model.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{files.root} is not prepared ({error}); run `trimtab prepare {files.root}`") from None
+    path = Path(note["path"])
+    if not path.is_dir():
+        raise DataError(f"the prepared data {path} is gone; run `trimtab prepare {files.root}`")
+    prepared = Prepared.open(path, [source.weight for source in config.data.sources])
+    if prepared.fingerprint != note["fingerprint"] and not config.data.accept_changed:
+        raise DataError(
+            f"the prepared data {path} is not what {files.root} began with; restore it, or set data.accept_changed=true"
+        )
+    return prepared, facts
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or what was there before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@contextmanager
+def shown() -> Iterator[Progress]:
+    """A progress bar a stage on a terminal, a line a stage elsewhere; both on standard error."""
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not console.is_terminal:
+                    print(f"preparing: {stage}", file=sys.stderr, flush=True)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prepare RUN; the exit code of the process."""
+    if len(arguments) != 1:
+        print("name a run directory: python -m trainer.stages.prepare RUN", file=sys.stderr)
+        return ExitCode.USAGE
+    files = RunFiles(Path(arguments[0]).absolute())
+    try:
+        config = read_run_config(files.root)
+        with shown() as progress:
+            prepared, _ = prepare_run(files, config, progress)
+        print(prepared.report)
+    except TrimtabError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return ExitCode.COMPLETED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

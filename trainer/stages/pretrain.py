@@ -1,0 +1,285 @@
+"""Pretraining: text → samples → next or masked token. Builds the parts and calls the loop."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.store import CheckpointStore
+from trainer.config.files import RunFiles
+from trainer.config.load import dump_config
+from trainer.config.resolve import Arithmetic, Device, Precision, arithmetic, deepspeed_config, fingerprint
+from trainer.config.schema import RunConfig
+from trainer.data.order import Order, Quarantine
+from trainer.data.prepared import Prepared
+from trainer.data.stream import Stream, evaluation_batches
+from trainer.engine.ranks import Ranks
+from trainer.engine.state import read_state, write_state
+from trainer.engine.zero import Engine, Penalty
+from trainer.errors import CheckpointError, ExitCode, RunHaltedError
+from trainer.loop import Ending, Parts, Progress, resumed, train
+from trainer.model.build import build_model
+from trainer.model.groups import parameter_groups
+from trainer.objectives.objective import make_objective
+from trainer.objectives.penalty import penalty_gradient, penalty_value
+from trainer.optim.build import build_optimizer
+from trainer.optim.schedule import learning_rate
+from trainer.records import ModelFacts, Outcome, Position
+from trainer.stability.guard import Guard
+from trainer.stop import StopRequest
+from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
+from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where a start of a run finds itself."""
+
+    files: RunFiles
+    config: RunConfig
+    ranks: Ranks
+    device: Device
+    precision: Precision
+    prepared: Prepared
+    facts: ModelFacts
+    stop: StopRequest
+
+
+class Pretraining:
+    """One start of a pretraining run.
+
+    Attributes:
+        progress: where it stands; moves while :meth:`run` goes on.
+        telemetry: of this rank.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        config, ranks = setting.config, setting.ranks
+        self.numbers = arithmetic(config, ranks.world_size)
+        self.store = CheckpointStore(
+            setting.files.checkpoints,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            keep=config.checkpoint.keep,
+            replicated=config.zero.stage == 0,
+        )
+        self.quarantine = Quarantine(config.data.exclude_batches)
+        self.engine = _build_engine(setting, self.numbers)
+        self.guard = Guard(config.guard, clip=config.optim.clip, parameter_names=self.engine.names)
+        self.progress = Progress(self._resume())
+        self.telemetry = self._open_telemetry()
+        self.newest_checkpoint: str | None = None
+
+    def run(self) -> Ending:
+        """Train to the end or until asked to stop."""
+        setting, config = self.setting, self.setting.config
+        with ExitStack() as stack:
+            stream = self._open_stream()
+            stack.callback(stream.close)
+            parts = Parts(
+                config=config,
+                steps=self.numbers.steps,
+                engine=self.engine,
+                stream=stream,
+                guard=self.guard,
+                telemetry=self.telemetry,
+                timer=_make_timer(setting, self.numbers),
+                stop=setting.stop,
+                learning_rate=partial(learning_rate, config.optim, config.schedule, self.numbers),
+                evaluate=self._evaluate,
+                save=self._save,
+            )
+            return train(parts, self.progress)
+
+    def outcome(self, ending: Ending) -> Outcome:
+        """Why a start ended that ended well."""
+        step, steps = ending.position.step, self.numbers.steps
+        if ending.stopped:
+            signal = self.setting.stop.signal_name or "another rank's signal"
+            reason, code = "stopped", ExitCode.STOPPED
+            message = f"stopped by {signal} at step {step} of {steps}, everything saved; the same command goes on"
+        else:
+            reason, code = "completed", ExitCode.COMPLETED
+            message = f"completed {steps} steps, held-out loss {ending.held_out_loss:.4f}"
+        return Outcome(reason, code, message, step, steps, self.newest_checkpoint, ending.held_out_loss)
+
+    def outcome_of(self, error: BaseException) -> Outcome:
+        """Why a start ended that ended in an error."""
+        halted = isinstance(error, RunHaltedError)
+        return Outcome(
+            reason="halted" if halted else "crashed",
+            exit_code=ExitCode.HALTED if halted else ExitCode.CRASHED,
+            message=str(error) if halted else f"{type(error).__name__}: {error}",
+            step=self.progress.position.step,
+            steps=self.numbers.steps,
+            checkpoint=self.newest_checkpoint,
+        )
+
+    def _resume(self) -> Position:
+        newest = self.store.newest()
+        if newest is None:
+            return Position()
+        manifest, (tensors, numbers) = self.store.load(newest)
+        expected = (fingerprint(self.setting.config), self.setting.prepared.fingerprint)
+        if manifest.config_fingerprint != expected[0]:
+            raise CheckpointError(f"{newest} belongs to another config; use another name, or the config it began with")
+        if manifest.data_fingerprint != expected[1] and not self.setting.config.data.accept_changed:
+            raise CheckpointError(
+                f"{newest} was trained on other data; restore the data, or set data.accept_changed=true"
+            )
+        write_state(self.engine, tensors, numbers)
+        self.guard.restore(manifest.consecutive_skips)
+        for first, last in manifest.quarantine:
+            self.quarantine = self.quarantine.with_range(first, last)
+        position = Position(step=manifest.step, attempt=manifest.attempt, next_batch=manifest.next_batch)
+        # the ledger may have seen attempts after this checkpoint; rank 0 reads it for all
+        box = [next_attempt(self.setting.files.root, position) - 1 if self.setting.ranks.is_first else 0]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return resumed(position, box[0])
+
+    def _open_telemetry(self) -> Recorder:
+        setting, config = self.setting, self.setting.config
+        if not setting.ranks.is_first:
+            return NoTelemetry()
+        facts = RunFacts(
+            name=config.name,
+            ranks=setting.ranks.world_size,
+            device=torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
+            precision=setting.precision,
+            parameter_names=self.engine.names,
+            steps=self.numbers.steps,
+            tokens_per_step=self.numbers.tokens_per_step,
+            versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
+            config=dump_config(config),
+            plan={
+                "parameters": setting.facts.num_parameters,
+                "ZeRO stage": config.zero.stage,
+                "batch": f"{self.numbers.samples} = {self.numbers.micro} micro × {self.numbers.accumulation} "
+                f"accumulation × {self.numbers.ranks} ranks",
+                "tokens": self.numbers.tokens,
+            },
+        )
+        return Telemetry.open(
+            setting.files.root,
+            config.telemetry,
+            facts,
+            resumed_from=self.progress.position if self.progress.position.step else None,
+        )
+
+    def _open_stream(self) -> Stream:
+        setting, config = self.setting, self.setting.config
+        samples = setting.prepared.samples("train", config.data.sequence_length, config.data.boundaries)
+        order = Order(config.seed, samples.sizes, samples.weights, config.data.shuffle)
+        return Stream(
+            samples,
+            order,
+            batch=self.numbers.samples,
+            micro=self.numbers.micro,
+            rank=setting.ranks.rank,
+            ranks=setting.ranks.world_size,
+            objective=config.objective,
+            seed=config.seed,
+            next_batch=self.progress.position.next_batch,
+            quarantine=self.quarantine,
+            prefetch=config.data.prefetch,
+        )
+
+    def _evaluate(self, step: int) -> float:
+        setting, config = self.setting, self.setting.config
+        began = time.perf_counter()
+        samples = setting.prepared.samples("held_out", config.data.sequence_length, config.data.boundaries)
+        batches = evaluation_batches(
+            samples,
+            micro=self.numbers.micro,
+            rank=setting.ranks.rank,
+            ranks=setting.ranks.world_size,
+            max_samples=config.evaluation.max_samples,
+            objective=config.objective,
+            seed=config.seed,
+        )
+        loss, num_targets = self.engine.evaluate(batches)
+        self.telemetry.record_evaluation(step, loss, num_targets, time.perf_counter() - began)
+        return loss
+
+    def _save(self, position: Position) -> None:
+        began = time.perf_counter()
+        self.telemetry.flush()
+        saved = self.store.save(read_state(self.engine), lambda: self._manifest(position))
+        self.newest_checkpoint = f"checkpoints/{saved.name}"
+        self.telemetry.record_checkpoint(position.step, saved.name, time.perf_counter() - began, saved.num_bytes)
+
+    def _manifest(self, position: Position) -> Manifest:
+        return Manifest(
+            step=position.step,
+            attempt=position.attempt,
+            next_batch=position.next_batch,
+            consecutive_skips=self.guard.consecutive_skips,
+            quarantine=self.quarantine.ranges,
+            world_size=self.setting.ranks.world_size,
+            stage=self.engine.stage,
+            global_batch=self.numbers.samples,
+            config_fingerprint=fingerprint(self.setting.config),
+            data_fingerprint=self.setting.prepared.fingerprint,
+            parameters=self.engine.names,
+            files=(),
+        )
+
+
+def _build_engine(setting: Setting, numbers: Arithmetic) -> Engine:
+    config, world_size = setting.config, setting.ranks.world_size
+    zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
+    model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
+    penalty = _make_penalty(config)
+    terms = ["loss"]
+    if config.objective.z_loss:
+        terms.append("z_loss")
+    if penalty is not None:
+        terms.append("penalty")
+    return Engine(
+        model,
+        build_optimizer(parameter_groups(model, config), config, setting.device),
+        make_objective(config.objective),
+        config=config,
+        numbers=numbers,
+        parameters=setting.facts.parameters,
+        ranks=setting.ranks,
+        device=setting.device,
+        precision=setting.precision,
+        terms=terms,
+        penalty=penalty,
+    )
+
+
+def _make_penalty(config: RunConfig) -> Penalty | None:
+    l1, l2 = config.objective.l1, config.objective.l2
+    if not l1 and not l2:
+        return None
+
+    def penalty(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return penalty_gradient(weight, l1, l2), {"penalty": penalty_value(weight, l1, l2)}
+
+    return penalty
+
+
+def _make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:
+    name = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"
+    peak = peak_flops(name, setting.precision)
+    read_memory: Callable[[], int] = partial(memory_bytes, setting.device)
+    return StepTimer(
+        numbers.tokens_per_step,
+        setting.facts.flops_per_token(setting.config.data.sequence_length),
+        None if peak is None else peak * setting.ranks.world_size,
+        read_memory,
+    )
