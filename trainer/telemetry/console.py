@@ -49,7 +49,7 @@ class RunView:
     def _take(self, record: Record) -> None:
         match record["kind"]:
             case "start":
-                self.start, self.outcome = record, None
+                self.start, self.attempt, self.outcome = record, None, None
                 self.step = record["resumed_step"]
                 self._losses.rewind(self.step)
                 self._recent.clear()

@@ -16,7 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import RunDirectoryError
-from trainer.telemetry.ledger import Record, decode, encode, follow, last_attempt, last_start, read_ledger, standing
+from trainer.telemetry.ledger import (
+    Record,
+    decode,
+    encode,
+    follow,
+    last_attempt,
+    last_start,
+    read_ledger,
+    standing,
+    surviving,
+)
 from trainer.telemetry.writer import Ledger
 
 TEXTS = st.text() | st.sampled_from(["NaN", "Infinity", "-Infinity", "~NaN", "~~-Infinity", "~", "nan"])
@@ -249,3 +259,37 @@ def test_reading_a_ledger_imports_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_what_survives_leaves_out_only_steps_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+
+    def of(start_number: int, *steps: int) -> list[Record]:
+        return [attempt(step, step) | {"start": start_number} for step in steps]
+
+    message = {"kind": "message", "time": 0.0, "start": 1, "level": "info", "text": "said at step 6", "step": 6}
+    skipped = attempt(9, 4, applied=False) | {"start": 2}
+    lines = [
+        *[start(0), *of(1, 1, 2, 3, 4, 5, 6), message],
+        *[start(3, 2), skipped, *of(2, 4, 5, 6, 7)],
+        # the third start goes back further than the second
+        *[start(2, 3), *of(3, 3, 4)],
+        *[start(4, 4), *of(4, 5)],
+    ]
+    path.write_bytes(b"".join(map(encode, lines)))
+    assert list(surviving(path)) == [
+        *[start(0), *of(1, 1, 2), message],
+        start(3, 2),
+        *[start(2, 3), *of(3, 3, 4)],
+        *[start(4, 4), *of(4, 5)],
+    ]
+    with pytest.raises(RunDirectoryError, match="no ledger"):
+        surviving(tmp_path / "none.jsonl")
+
+
+def test_following_a_ledger_that_exists_gives_what_reading_it_gives(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(encode(start(0)) + b'{"kind":"at\n' + encode(attempt(1, 1)))
+    stop = threading.Event()
+    stop.set()
+    assert list(follow(path, stop)) == list(read_ledger(path))
