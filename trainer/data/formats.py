@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-import zstandard
-
 from trainer.errors import DataError
 
 Kind = Literal["text", "json", "csv", "parquet"]
@@ -30,7 +28,7 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile)
+_DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _MAX_STRANGE = 0.1
 """A file that is not UTF-8 and has more than this fraction of undecodable or control characters is no text."""
 
@@ -55,7 +53,10 @@ def open_bytes(path: Path) -> BinaryIO:
         case ".xz":
             return cast(BinaryIO, lzma.open(path))
         case ".zst":
-            return cast(BinaryIO, zstandard.open(path, "rb"))
+            import pyarrow as pa
+
+            # unlike zstandard's reader it goes on to further frames and refuses a truncated one
+            return cast(BinaryIO, pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
         case _:
             return path.open("rb")
 
@@ -142,7 +143,7 @@ def _csv(path: Path, name: str) -> Iterator[tuple[int, Record]]:
                     )
                 yield number, row
         except csv.Error as error:
-            raise DataError(f"{name}: line {rows.line_num} is not CSV: {error}") from error
+            raise DataError(f"{name}: after line {rows.line_num} it is not CSV: {error}") from error
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[int, Record]]:

@@ -1,0 +1,42 @@
+"""What preparing found, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(report: dict[str, Any]) -> Table:
+    """`Prepared.report` as a table to print: a row a source, and under it a row for each repair and each rule."""
+    from rich.table import Table
+    from rich.text import Text
+
+    entropy = report["unigram_entropy"]
+    known = f"unigram entropy {entropy:.3f} nats/token" if entropy is not None else "no held-out split"
+    result = Table(
+        title="Data", caption=f"vocabulary {report['vocabulary']:,} · {known} · {report['fingerprint']}", expand=False
+    )
+    result.add_column("source")
+    for name in ("documents", "characters", "train tokens", "held-out tokens"):
+        result.add_column(name, justify="right")
+    result.add_column("for example")
+    for source in report["sources"]:
+        train, held_out = source["train"], source["held_out"]
+        # names come from file systems and hubs: never read as markup
+        result.add_row(
+            Text(source["name"], style="bold"),
+            f"{source['documents']:,}",
+            f"{source['characters']:,}",
+            f"{train['tokens']:,}",
+            f"{held_out['tokens']:,}",
+        )
+        for repair, count in source["repaired"].items():
+            result.add_row(f"  {repair}", f"{count:,}")
+        for rule, entry in source["removed"].items():
+            example = Text(entry["examples"][0])
+            result.add_row(f"  − {rule}", f"{entry['documents']:,}", f"{entry['characters']:,}", "", "", example)
+        result.add_row("  kept", f"{train['documents'] + held_out['documents']:,}",
+                       f"{train['characters'] + held_out['characters']:,}")  # fmt: skip
+    return result
