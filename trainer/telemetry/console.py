@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
@@ -17,7 +19,6 @@ from rich.text import Text
 
 from trainer.telemetry.ledger import Record, notice
 from trainer.telemetry.plot import History, braille
-from trainer.telemetry.timing import seconds_left
 
 _STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 _RECENT_ATTEMPTS = 64
@@ -70,7 +71,7 @@ class RunView:
             self._notices.append((record["time"], *heard))
 
     @property
-    def seconds_left(self) -> float | None:
+    def time_left(self) -> float | None:
         """Estimated seconds to the last step; None before the first."""
         if self.start is None:
             return None
@@ -90,7 +91,7 @@ class RunView:
         ]
         if attempt["flop_utilisation"] is not None:
             parts.append(f"FLOPs {self._mean('flop_utilisation'):4.0%}")
-        parts += [f"data {self._waiting():5.1%}", f"left {_duration(self.seconds_left)}"]
+        parts += [f"data {self._waiting():5.1%}", f"left {_duration(self.time_left)}"]
         return "  ".join(parts)
 
     def __rich__(self) -> RenderableType:
@@ -120,7 +121,7 @@ class RunView:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
         row.add_column(no_wrap=True)
-        left = f"{_duration(self.seconds_left)} left" if self.outcome is None else self.outcome["reason"]
+        left = f"{_duration(self.time_left)} left" if self.outcome is None else self.outcome["reason"]
         steps = start["steps"]
         row.add_row(f"step {self.step} of {steps}", ProgressBar(steps, self.step), f"{self.step / steps:.0%}", left)
         return row
@@ -182,6 +183,11 @@ class _Plot:
             lines = braille(self._values, max(8, options.max_width - width - 2), _PLOT_ROWS)
             for label, line in zip(labels, lines, strict=True):
                 yield Text.assemble((f"{label:>{width}} ", "dim"), (line.rstrip("\u2800"), "cyan"))
+
+
+def seconds_left(num_steps_left: int, recent_seconds: Sequence[float]) -> float | None:
+    """Steps left × the median of recent step times, which one slow step does not move; None while there are none."""
+    return num_steps_left * statistics.median(recent_seconds) if recent_seconds else None
 
 
 def notice_line(time_of: float, level: str, text: str) -> Text:

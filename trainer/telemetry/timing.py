@@ -1,11 +1,10 @@
-"""Seconds, tokens per second, FLOP utilisation and memory of an attempt; time left. Loads torch only on a GPU."""
+"""Seconds, tokens per second, FLOP utilisation and memory of an attempt. Loads torch only on a GPU."""
 
 from __future__ import annotations
 
 import re
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import psutil
@@ -58,11 +57,6 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
                 return full
             return None if precision == "bf16" and _NO_BF16.search(device_name) else half
     return None
-
-
-def seconds_left(num_steps_left: int, recent_seconds: Sequence[float]) -> float | None:
-    """Steps left × the median of recent step times, which one slow step does not move; None while there are none."""
-    return num_steps_left * statistics.median(recent_seconds) if recent_seconds else None
 
 
 def memory_bytes(device: Device) -> int:

@@ -111,6 +111,10 @@ class Ledger:
                 if self._queue.empty():
                     self._drain()
         self._sync()
+        if self._problem is not None:
+            self._complain(
+                f"{self.path} is incomplete: the disk refused records until the end ({self._problem.strerror})"
+            )
         for view in list(self._views):
             self._guarded(view, view.close)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trainer.telemetry.console import RunView, _compact, _duration
+from trainer.telemetry.console import RunView, _compact, _duration, seconds_left
 from trainer.telemetry.display import ConsoleView, Mode
 from trainer.telemetry.ledger import Record
 
@@ -117,7 +117,7 @@ def test_a_resume_takes_the_view_back() -> None:
     view.update({**START, "start": 2, "resumed_step": 20})
     assert view.step == 20
     assert view.evaluation is None
-    assert view.seconds_left is None
+    assert view.time_left is None
     page = shown(view)
     assert "step 20 of 400" in page
     assert "start 2, resumed at step 20" in page
@@ -201,6 +201,12 @@ def test_a_warning_is_printed_while_the_run_goes_on() -> None:
     view.update(message("warning", "the disk is nearly full"))
     assert heard.wait(timeout=10)
     view.close()
+
+
+def test_time_left_is_not_moved_by_one_slow_step() -> None:
+    assert seconds_left(100, [2.0, 2.0, 50.0, 2.0]) == 200
+    assert seconds_left(0, [2.0]) == 0
+    assert seconds_left(100, []) is None
 
 
 @pytest.mark.parametrize(

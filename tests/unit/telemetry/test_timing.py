@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config.resolve import Precision
 from trainer.records import Timing
-from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops, seconds_left
+from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,6 @@ def test_memory_is_read_once_a_second_and_utilisation_is_unknown_without_a_peak(
         seen.append(step.end(0.0))
     assert [timing.memory_bytes for timing in seen] == [7, 7, 8]
     assert {timing.flop_utilisation for timing in seen} == {None}
-
-
-def test_time_left_is_not_moved_by_one_slow_step() -> None:
-    assert seconds_left(100, [2.0, 2.0, 50.0, 2.0]) == 200
-    assert seconds_left(0, [2.0]) == 0
-    assert seconds_left(100, []) is None
 
 
 def test_memory_of_this_process() -> None:
