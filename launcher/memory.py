@@ -166,8 +166,9 @@ def activation_bytes(facts: ModelFacts, config: RunConfig, element: int) -> int:
     norms, what they normalise to and what they give (6·h), queries and attention output (2·h), keys and values (2·k),
     both halves of the gate, the activation and their product (4·f; without a gate 2·f). Eager attention adds its scores
     and probabilities (length · heads, in fp32 and twice in the model's type). The loss holds, a token and vocabulary
-    entry: the logits, an fp32 copy where they are not fp32, the log-probabilities and two gradients. With activation
-    checkpointing every layer keeps its input, and one layer at a time all of it.
+    entry: the logits, an fp32 copy where they are not fp32, the log-probabilities and two gradients (with z-loss: the
+    logits and two fp32 buffers). With activation checkpointing every layer keeps its input, and one layer at a time all
+    of it.
     """
     hidden, inner = facts.hidden_size, facts.intermediate_size
     tokens = config.batch.micro * config.data.sequence_length
@@ -179,5 +180,5 @@ def activation_bytes(facts: ModelFacts, config: RunConfig, element: int) -> int:
     layers = facts.num_layers * per_layer
     if config.model.activation_checkpointing:
         layers = facts.num_layers * element * hidden + per_layer
-    per_entry = element + (0 if element == 4 else 4) + 3 * 4
+    per_entry = element + (8 if config.objective.z_loss else (0 if element == 4 else 4) + 3 * 4)
     return tokens * (layers + 3 * element * hidden + per_entry * facts.vocabulary)
