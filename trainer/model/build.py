@@ -155,7 +155,8 @@ def _instantiate(config: RunConfig, model_config: PreTrainedConfig, dtype: torch
             trust_remote_code=config.model.trust_remote_code,
         )
     except (ValueError, ImportError, KeyError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError([("model", f"transformers refuses to build it: {first_line(error)}")]) from error
+        path = "model.attention" if isinstance(error, ImportError) else "model"
+        raise ConfigError([(path, f"transformers refuses to build it: {first_line(error)}")]) from error
 
 
 def _attention(config: RunConfig) -> str | None:

@@ -13,9 +13,9 @@ from trainer.records import ParameterFacts
 def parameter_facts(model: nn.Module, *, decay_embeddings: bool = False) -> tuple[ParameterFacts, ...]:
     """The trainable parameters in `named_parameters` order, tied weights once, with their whole shapes.
 
-    Decay acts on matrices. Spared are biases and everything else with one dimension, norms, what the architecture
-    itself exempts (Mamba's `A_log`), and embeddings (of tokens and of positions, and an output head that is tied to
-    one) unless `decay_embeddings`.
+    Decay acts on matrices. Spared are biases and everything else with one dimension, norms, the state matrices of
+    state-space models (`A_log`), and embeddings (of tokens and of positions, and an output head that is tied to one)
+    unless `decay_embeddings`.
     """
     embeddings: set[int] = set()
     exempt: set[int] = set()
@@ -26,13 +26,13 @@ def parameter_facts(model: nn.Module, *, decay_embeddings: bool = False) -> tupl
         elif "Norm" in type(module).__name__:
             exempt.update(own)
 
-    def decays(parameter: nn.Parameter) -> bool:
-        if len(shape_of(parameter)) < 2 or id(parameter) in exempt or getattr(parameter, "_no_weight_decay", False):
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        if len(shape_of(parameter)) < 2 or id(parameter) in exempt or name.endswith(".A_log"):
             return False
         return decay_embeddings or id(parameter) not in embeddings
 
     return tuple(
-        ParameterFacts(name=name, shape=shape_of(parameter), decay=decays(parameter))
+        ParameterFacts(name=name, shape=shape_of(parameter), decay=decays(name, parameter))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )
