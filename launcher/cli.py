@@ -76,7 +76,7 @@ def run(
 
     request = start.read_request(config, overrides or (), ranks)
     _warn(request)
-    start.require_one_node(request.config)
+    start.require_startable(request.config)
     with start.entered(request, fresh, _say) as lock:
         if earlier := start.completed_before(request.root):
             print(words.closing(request.root, earlier))
@@ -84,6 +84,8 @@ def run(
             return
         plan = start.make_ready(request, lock, _say)
         outcome = start.train(request, plan, lock, _say)
+        if outcome["reason"] == "completed" and not start.is_exported(request.root) and start.export(request.root):
+            _say(f"the run is complete, but was not exported; see above, then: trimtab export {request.root}")
     print(words.closing(request.root, outcome), flush=True)
     raise typer.Exit(int(outcome["exit_code"]))
 
@@ -164,16 +166,12 @@ def export(
     dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16.")] = None,
 ) -> None:
     """Write weights and tokenizer as `from_pretrained` loads them."""
-    import subprocess
-
+    from launcher import start
     from trainer.config.load import read_run_config
 
     read_run_config(run)
-    argv = [sys.executable, "-m", "trainer.stages.export", str(run.absolute())]
-    for name, value in (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype)):
-        if value is not None:
-            argv.append(f"{name}={value}")
-    raise typer.Exit(subprocess.run(argv, check=False).returncode)  # noqa: S603 (a list, no shell)
+    given = (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype))
+    raise typer.Exit(start.export(run.absolute(), [f"{name}={value}" for name, value in given if value is not None]))
 
 
 @app.command()

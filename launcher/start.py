@@ -136,12 +136,16 @@ def describe_model(config: RunConfig) -> ModelFacts:
     return facts_from_json(done.stdout)
 
 
-def plan_of(config: RunConfig, facts: ModelFacts) -> Plan:
-    """The plan of `config` on this machine."""
+def plan_of(config: RunConfig, facts: ModelFacts | None, num_samples: int | None = None) -> Plan:
+    """The plan of `config` on this machine.
+
+    Raises:
+        ConfigError: this device cannot do what the config asks.
+    """
     from launcher.plan import make_plan
     from launcher.resources import detect_resources
 
-    return make_plan(config, facts, detect_resources())
+    return make_plan(config, facts, detect_resources(), num_samples)
 
 
 def layout_of(config: RunConfig, plan: Plan) -> accelerate.Layout:
@@ -188,10 +192,26 @@ def make_ready(request: Request, lock: int | None, say: Say) -> Plan:
 
     prepare(request.root, lock, say)
     files = RunFiles(request.root)
-    plan = plan_of(request.config, facts_from_json(files.model.read_text(encoding="utf-8")))
+    facts = facts_from_json(files.model.read_text(encoding="utf-8"))
+    plan = plan_of(request.config, facts, num_samples(files, request.config))
+    for note in plan.notes:
+        say(f"note: {note}")
     for name, text in generated_files(request.config, plan).items():
         write_atomically(request.root / name, text)
     return plan
+
+
+def num_samples(files: RunFiles, config: RunConfig) -> int | None:
+    """About how many samples one epoch of the prepared data has; None where its report does not say."""
+    try:
+        sources = json.loads(files.data.read_text(encoding="utf-8"))["report"]["sources"]
+        tokens: list[float] = [
+            source.weight * int(report["train"]["tokens"])
+            for source, report in zip(config.data.sources, sources, strict=True)
+        ]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return round(sum(tokens)) // config.data.sequence_length
 
 
 def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str, Any]:
@@ -230,13 +250,36 @@ def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str,
     }
 
 
-def require_one_node(config: RunConfig) -> None:
-    """
+def is_exported(root: Path) -> bool:
+    """Whether the run was exported, by its trainer or since."""
+    return RunFiles(root).export.is_dir()
+
+
+def export(root: Path, options: Sequence[str] = ()) -> int:
+    """Write weights and tokenizer of the newest checkpoint; the exit code of the process that does it."""
+    argv = [sys.executable, "-m", "trainer.stages.export", str(root), *options]
+    return local.supervise(argv, os.environ, stopping="stopping to export").exit_code
+
+
+def require_startable(config: RunConfig) -> None:
+    """Refuse what this machine cannot start, before anything is prepared.
+
     Raises:
-        LaunchError: the config asks for several machines, and this command starts one.
+        LaunchError: the config asks for several machines, and `trimtab run` starts one; or for GPUs that are not here.
+        ConfigError: this device cannot do what the config asks.
     """
-    if config.cluster.nodes > 1:
+    from launcher.resources import detect_resources
+
+    cluster = config.cluster
+    if cluster.nodes > 1:
         raise LaunchError(
-            f"the config asks for {config.cluster.nodes} machines, and `trimtab run` starts this one only; "
+            f"the config asks for {cluster.nodes} machines, and `trimtab run` starts this one only; "
             "`trimtab prepare` shows the commands for each machine, cluster.nodes=1 runs it here"
         )
+    found = len(detect_resources().gpus)
+    if cluster.device == "cuda" and found < cluster.ranks_per_node:
+        raise LaunchError(
+            f"{cluster.ranks_per_node} ranks need a GPU each, and this machine has {found or 'none'}; "
+            "lower cluster.ranks_per_node, or set cluster.device=cpu (`trimtab doctor` shows what is here)"
+        )
+    plan_of(config, None)

@@ -132,10 +132,8 @@ def table(runs: list[RunStatus]) -> Table:
     result = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("run", "state"):
         result.add_column(title, overflow="fold")
-    for title in ("step", "loss", "held-out", "tokens/s"):
+    for title in ("step", "loss", "held-out", "tokens/s", "saved", "last sign"):
         result.add_column(title, justify="right", no_wrap=True)
-    result.add_column("checkpoint")
-    result.add_column("last sign", justify="right", no_wrap=True)
     for run in runs:
         result.add_row(
             Text(run.name),
@@ -144,7 +142,7 @@ def table(runs: list[RunStatus]) -> Table:
             Text(_number(run.loss)),
             Text(_number(run.held_out_loss)),
             Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
-            Text(run.checkpoint or "–"),
+            Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
             Text("–" if run.seconds_since is None else f"{duration(run.seconds_since)} ago"),
         )
     return result

@@ -23,7 +23,11 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
     """Why the run ended, its figures, and what to open."""
     files = RunFiles(root)
     reason = str(outcome["reason"])
-    lines = ["", f"{_HEADLINES.get(reason, reason)}: {outcome.get('message', '')}".rstrip(": ")]
+    lines = ["", _HEADLINES.get(reason, reason)]
+    if reason == "completed":
+        lines[-1] += "."
+    elif message := outcome.get("message"):
+        lines[-1] += f": {message}"
     rows = []
     if outcome.get("step") is not None:
         rows.append(("step", f"{outcome['step']} of {outcome.get('steps', '?')}"))
@@ -45,8 +49,8 @@ def _beside(entropy: float | None) -> str:
 def unigram_entropy(root: Path) -> float | None:
     """Entropy of the text's token frequencies, in nats; None where preparing recorded none."""
     try:
-        value = json.loads(RunFiles(root).data.read_text(encoding="utf-8")).get("unigram_entropy")
-    except (OSError, ValueError, AttributeError):
+        value = json.loads(RunFiles(root).data.read_text(encoding="utf-8"))["report"]["unigram_entropy"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return float(value) if isinstance(value, int | float) else None
 
