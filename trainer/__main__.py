@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.resolve import Device, Precision
 from trainer.config.schema import RunConfig
-from trainer.errors import ExitCode, LaunchError, RunHaltedError, TrimtabError
+from trainer.errors import ExitCode, LaunchError, RunDirectoryError, RunHaltedError, TrimtabError
 from trainer.records import Outcome
 from trainer.stop import StopRequest
 
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         if error.exit_code == ExitCode.CRASHED:
             reason = "crashed"
         first = note_end(files, Outcome(reason, error.exit_code, str(error), 0, 0, newest_checkpoint(files)))
-        if first or rank == "0":
+        if first or (rank == "0" and not files.outcome.exists()):
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outcome must say why, whatever it was
@@ -70,11 +69,13 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
     try:
         ending = stage.run()
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            stage.telemetry.close(stage.outcome_of(error))
+        outcome = stage.outcome_of(error)
+        note_end(files, outcome)
+        stage.telemetry.close(outcome)
         raise
     outcome = stage.outcome(ending)
-    stage.telemetry.close(outcome)
+    if missing := stage.telemetry.close(outcome):
+        raise RunDirectoryError(f"{files.ledger} lacks records of this run: {missing}; free space on its disk")
     if ranks.is_first:
         note_end(files, outcome)
     leave()

@@ -106,7 +106,7 @@ def train(parts: Parts, progress: Progress) -> Ending:
 
 
 def carry_out(verdict: Verdict, stats: StepStats, rate: float, parts: Parts) -> bool:
-    """Apply or drop the gradient. Returns whether the weights were updated."""
+    """Apply or drop the gradient. Returns whether the weights were updated; telemetry says so where they were not."""
     engine, telemetry = parts.engine, parts.telemetry
     match verdict:
         case Step(clip=clip):
@@ -116,17 +116,8 @@ def carry_out(verdict: Verdict, stats: StepStats, rate: float, parts: Parts) -> 
             else:
                 applied, weights = engine.apply_measured(clip, rate)
                 telemetry.record_weights(stats.step, weights.parameter_norms, weights.update_ratios)
-            if not applied:
-                telemetry.message(
-                    "warning",
-                    f"batch {stats.batch_index}: overflow at loss scale {stats.loss_scale:g}, step not applied",
-                )
             return applied
-        case Skip(reason=reason):
-            engine.discard()
-            telemetry.message("warning", f"batch {stats.batch_index} skipped: {reason}")
-            return False
-        case Halt():
+        case Skip() | Halt():
             engine.discard()
             return False
 

@@ -24,7 +24,7 @@ from trainer.data.stream import Stream, evaluation_batches
 from trainer.engine.ranks import Ranks
 from trainer.engine.state import read_state, write_state
 from trainer.engine.zero import Engine, Penalty
-from trainer.errors import CheckpointError, ExitCode, RunHaltedError
+from trainer.errors import CheckpointError, ExitCode, TrimtabError
 from trainer.loop import Ending, Parts, Progress, resumed, train
 from trainer.model.build import build_model
 from trainer.model.groups import parameter_groups
@@ -39,6 +39,7 @@ from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetr
 from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed"}
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
 
 
@@ -86,7 +87,7 @@ class Pretraining:
         """Train to the end or until asked to stop."""
         setting, config = self.setting, self.setting.config
         with ExitStack() as stack:
-            stream = self._open_stream()
+            stream = self.open_stream()
             stack.callback(stream.close)
             parts = Parts(
                 config=config,
@@ -95,7 +96,7 @@ class Pretraining:
                 stream=stream,
                 guard=self.guard,
                 telemetry=self.telemetry,
-                timer=_make_timer(setting, self.numbers),
+                timer=make_timer(setting, self.numbers),
                 stop=setting.stop,
                 learning_rate=partial(learning_rate, config.optim, config.schedule, self.numbers),
                 evaluate=self._evaluate,
@@ -117,11 +118,12 @@ class Pretraining:
 
     def outcome_of(self, error: BaseException) -> Outcome:
         """Why a start ended that ended in an error."""
-        halted = isinstance(error, RunHaltedError)
+        known = isinstance(error, TrimtabError)
+        code = error.exit_code if isinstance(error, TrimtabError) else ExitCode.CRASHED
         return Outcome(
-            reason="halted" if halted else "crashed",
-            exit_code=ExitCode.HALTED if halted else ExitCode.CRASHED,
-            message=str(error) if halted else f"{type(error).__name__}: {error}",
+            reason=_REASONS.get(code, "refused"),
+            exit_code=code,
+            message=str(error) if known else f"rank {self.setting.ranks.rank}: {type(error).__name__}: {error}",
             step=self.progress.position.step,
             steps=self.numbers.steps,
             checkpoint=self.newest_checkpoint,
@@ -178,7 +180,8 @@ class Pretraining:
             resumed_from=self.progress.position if self.progress.position.step else None,
         )
 
-    def _open_stream(self) -> Stream:
+    def open_stream(self) -> Stream:
+        """The batches from where the run stands."""
         setting, config = self.setting, self.setting.config
         samples = setting.prepared.samples("train", config.data.sequence_length, config.data.boundaries)
         order = Order(config.seed, samples.sizes, samples.weights, config.data.shuffle)
@@ -273,7 +276,8 @@ def _make_penalty(config: RunConfig) -> Penalty | None:
     return penalty
 
 
-def _make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:
+def make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:
+    """The clock of this run's attempts."""
     name = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"
     peak = peak_flops(name, setting.precision)
     read_memory: Callable[[], int] = partial(memory_bytes, setting.device)
