@@ -155,7 +155,7 @@ def rank_memory(
         offloaded=offloaded,
         peak=moments[moment],
         moment=moment,
-        needed=moments[moment] if on_gpu else sum(parts),
+        needed=moments[moment] if on_gpu else max(sum(parts), moments[moment]),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 import re
@@ -86,12 +85,12 @@ def parse_gpus(output: str, visible: str | None) -> tuple[Gpu, ...]:
 
     As CUDA does, the list ends at the first entry that names no GPU.
     """
-    rows = [[cell.strip() for cell in row] for row in csv.reader(output.splitlines()) if len(row) == 4]
-    gpus = {
-        uuid: Gpu(name, int(float(mebibytes)) * MIB, float(capability) >= FIRST_BF16_CAPABILITY)
-        for uuid, name, mebibytes, capability in rows
-        if mebibytes.replace(".", "").isdigit()
-    }
+    gpus: dict[str, Gpu] = {}
+    for line in output.splitlines():
+        cells = line.split(", ")
+        if len(cells) >= 4 and cells[-2].isdigit():
+            uuid, *name, mebibytes, capability = cells
+            gpus[uuid] = Gpu(", ".join(name), int(mebibytes) * MIB, float(capability) >= FIRST_BF16_CAPABILITY)
     if visible is None:
         return tuple(gpus.values())
     chosen: list[Gpu] = []
