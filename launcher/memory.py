@@ -24,7 +24,7 @@ DENSE_BUCKET_ELEMENTS = 500_000_000
 """Stage 0 reduces so many elements at once (DeepSpeed: MEMORY_OPT_ALLREDUCE_SIZE)."""
 MAX_REUSE_DISTANCE = 1_000_000_000
 """Stage 3 keeps a gathered parameter that is needed again within so many elements (DeepSpeed's default)."""
-PROCESS_BYTES: dict[Device, int] = {"cpu": 400 * 2**20, "cuda": 2**30}
+PROCESS_BYTES: dict[Device, int] = {"cpu": 500 * 2**20, "cuda": 2**30}
 """Interpreter and libraries (CPU: measured, host memory); CUDA context and NCCL (GPU: an estimate, device memory)."""
 
 

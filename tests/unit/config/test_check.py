@@ -194,3 +194,19 @@ def test_auto_is_left_to_the_plan():
     assert check_config(config) == []
     assert unsupported(config, "cpu", "fp16") == [("precision", "fp16 needs a GPU; use bf16 or fp32 on CPU")]
     assert unsupported(config, "cuda", "fp16") == []
+
+
+def test_an_option_with_effect_is_not_warned_about():
+    config = config_with(
+        data__sources=({"hub": "x", "split": "y", "hub_config": "z", "column": "text"},),
+        objective={"kind": "masked", "mask_fraction": 0.3},
+        schedule={"duration": 100, "kind": "wsd", "decay": 10, "floor": 0.0},
+        model__initialisation="residual-scaled",
+        zero={"stage": 3, "overlap": False, "bucket_elements": 7, "offload": "all"},
+        cluster__threads_per_rank=2,
+        evaluation={"every": 7, "max_samples": 8},
+        optim__decay_embeddings=True,
+    )
+    assert check_config(config) == []
+    changed = config_with(model={"config": None, "pretrained": "x", "overrides": {"a": 1}}, data__tokenizer={})
+    assert check_config(changed) == []
