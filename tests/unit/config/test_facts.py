@@ -39,5 +39,5 @@ def test_facts_of_another_version_are_refused(change, sentence):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
 def test_what_is_no_facts_is_refused(text):
-    with pytest.raises(ValueError, match="Expecting value|not the facts of a model"):
+    with pytest.raises(ValueError, match=r"Expecting value|not the facts of a model"):
         facts_from_json(text)
