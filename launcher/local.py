@@ -21,10 +21,6 @@ from pathlib import Path
 
 from trainer.errors import LaunchError
 
-SUPERVISED = "TRIMTAB_SUPERVISED"
-"""Set for the ranks: somebody reads `outcome.json`, so a rank whose run ended in order (its outcome is written) may
-exit with 0 and spare the agent a report of failure."""
-
 URGENT_GRACE_SECONDS = 10.0
 """After a second request to stop, the time until what is left is killed."""
 

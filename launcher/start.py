@@ -29,7 +29,7 @@ from trainer.config.check import check_config
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
 from trainer.config.resolve import deepspeed_config
-from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError
+from trainer.errors import SUPERVISED, ConfigError, ExitCode, LaunchError, RunDirectoryError
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -226,7 +226,7 @@ def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str,
             **os.environ,
             **settings,
             "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
-            local.SUPERVISED: "1",
+            SUPERVISED: "1",
         },
         targets=local.children_of,
         inherit=() if lock is None else (lock,),

@@ -130,8 +130,8 @@ def newest_checkpoint(root: Path) -> str | None:
 def table(runs: list[RunStatus]) -> Table:
     """The runs as a table."""
     result = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("run", "state"):
-        result.add_column(title, overflow="fold")
+    result.add_column("run", overflow="fold")
+    result.add_column("state", no_wrap=True)
     for title in ("step", "loss", "held-out", "tokens/s", "saved", "last sign"):
         result.add_column(title, justify="right", no_wrap=True)
     for run in runs:
@@ -143,7 +143,7 @@ def table(runs: list[RunStatus]) -> Table:
             Text(_number(run.held_out_loss)),
             Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
             Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
-            Text("–" if run.seconds_since is None else f"{duration(run.seconds_since)} ago"),
+            Text("–" if run.seconds_since is None else f"{age(run.seconds_since)} ago"),
         )
     return result
 
@@ -154,16 +154,9 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if math.isfinite(value) else str(value).replace("nan", "NaN")
 
 
-def duration(seconds: float) -> str:
-    """A duration in its two largest units: 42 s, 3 min 20 s, 5 h 7 min, 2 d 4 h."""
-    whole = round(seconds)
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    parts = []
-    for name, size in units:
-        count, whole = divmod(whole, size)
-        if count:
-            parts.append((size, f"{count} {name}"))
-    if not parts:
-        return "0 s"
-    largest = next(index for index, (_, size) in enumerate(units) if size == parts[0][0])
-    return " ".join(text for size, text in parts[:2] if size in {size for _, size in units[largest : largest + 2]})
+def age(seconds: float) -> str:
+    """A duration in its largest unit: 42 s, 3 min, 5 h, 2 d."""
+    for name, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {name}"
+    return f"{int(seconds)} s"

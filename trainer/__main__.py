@@ -15,7 +15,7 @@ from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.resolve import Device, Precision
 from trainer.config.schema import RunConfig
-from trainer.errors import ExitCode, LaunchError, RunDirectoryError, RunHaltedError, TrimtabError
+from trainer.errors import SUPERVISED, ExitCode, LaunchError, RunDirectoryError, RunHaltedError, TrimtabError
 from trainer.records import Outcome
 from trainer.stop import StopRequest
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         first = note_end(files, Outcome(reason, error.exit_code, str(error), 0, 0, newest_checkpoint(files)))
         if first or (rank == "0" and not files.outcome.exists()):
             print(error, file=sys.stderr, flush=True)
-        return error.exit_code
+        return orderly(error.exit_code) if reason == "halted" else error.exit_code
     except Exception as error:  # noqa: BLE001 - the outcome must say why, whatever it was
         text = f"rank {rank}: {type(error).__name__}: {error}"
         note_end(files, Outcome("crashed", ExitCode.CRASHED, text, 0, 0, newest_checkpoint(files)))
@@ -79,7 +79,12 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
     if ranks.is_first:
         note_end(files, outcome)
     leave()
-    return outcome.exit_code
+    return orderly(outcome.exit_code)
+
+
+def orderly(exit_code: int) -> int:
+    """Exit code of a rank whose run ended in order on all ranks, and whose outcome is written."""
+    return ExitCode.COMPLETED if SUPERVISED in os.environ else exit_code
 
 
 def choose_device(config: RunConfig) -> Device:

@@ -22,6 +22,11 @@ class ExitCode(IntEnum):
     """Asked to stop (signal); everything is saved and the same command goes on. EX_TEMPFAIL: requeue."""
 
 
+SUPERVISED = "TRIMTAB_SUPERVISED"
+"""Environment variable that the launcher sets for ranks: it reads `outcome.json` and exits with its code. A rank whose
+run ended in order then exits with 0, and spares the agent between them a report of failure."""
+
+
 class TrimtabError(Exception):
     """Base of all errors whose text is meant for the user."""
 

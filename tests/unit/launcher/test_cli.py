@@ -137,7 +137,8 @@ def test_a_completed_run_says_so(tmp_path: Path, config_file: Path) -> None:
     (root / "tensorboard").mkdir()
     done = trimtab("run", str(config_file), cwd=tmp_path)
     assert done.returncode == 0
-    assert "trained 10 steps" in done.stdout
+    assert "complete" in done.stdout
+    assert "10 of 10" in done.stdout
     assert "2.2500 nats" in done.stdout
     assert "tensorboard --logdir runs/small/tensorboard" in done.stdout
     assert "nothing left to do" in done.stderr
@@ -185,3 +186,16 @@ def test_verbs_that_need_a_run_say_when_there_is_none(tmp_path: Path) -> None:
     done = trimtab("status", str(tmp_path), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
     assert "there are no runs" in done.stderr
+
+
+def test_data_that_cannot_be_used_is_refused_before_any_rank(tmp_path: Path, config_file: Path) -> None:
+    (tmp_path / "picture.txt").write_bytes(bytes(range(256)) * 64)
+    done = trimtab(
+        "run", str(config_file), f"data.sources=[{{files: [{tmp_path}/picture.txt]}}]", "name=binary", cwd=tmp_path
+    )
+    assert done.returncode == 2, done
+    assert "picture.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+    root = tmp_path / "runs" / "binary"
+    assert not (root / "accelerate.yaml").exists()
+    assert not (root / "ledger.jsonl").exists()
