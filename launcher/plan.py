@@ -202,19 +202,20 @@ def _memory_table(plan: Plan) -> Table:
     from rich.text import Text
 
     table = Table(title="Memory of a rank", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for memory in plan.memory:
         is_chosen = memory.stage == plan.stage
-        header = f"ZeRO {memory.stage}{' (chosen)' if is_chosen else ''}"
-        table.add_column(Text(header), justify="right", style="bold" if is_chosen else "")
+        header = Text(f"{'▸ ' if is_chosen else ''}ZeRO {memory.stage}")
+        table.add_column(header, justify="right", no_wrap=True, style="bold" if is_chosen else "")
     for part in PARTS:
         table.add_row(part, *(as_bytes(getattr(memory, part)) for memory in plan.memory))
     if any(memory.offloaded for memory in plan.memory):
-        table.add_row("in host memory", *(as_bytes(memory.offloaded) for memory in plan.memory))
-    table.add_row("fullest moment", *(f"{as_bytes(memory.peak)} ({memory.moment})" for memory in plan.memory))
+        table.add_row("offloaded to the host", *(as_bytes(memory.offloaded) for memory in plan.memory))
+    table.add_row("at the fullest moment", *(as_bytes(memory.peak) for memory in plan.memory))
+    table.add_row("  which is in", *(memory.moment for memory in plan.memory))
     table.add_row("needed", *(as_bytes(memory.needed) for memory in plan.memory))
     if plan.rank_bytes is not None:
         there = plan.rank_bytes
-        fits = (Text("yes" if memory.needed <= there else "no") for memory in plan.memory)
+        fits = ("yes" if memory.needed <= there else "no" for memory in plan.memory)
         table.add_row(f"fits in {as_bytes(there)}", *fits)
     return table

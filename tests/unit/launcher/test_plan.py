@@ -47,7 +47,7 @@ def config_with(length: int = 128, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(base | sections)
 
 
-def text_of(*arguments: Any, width: int = 120) -> str:
+def text_of(*arguments: Any, width: int = 80) -> str:
     output = io.StringIO()
     Console(width=width, file=output).print(render_plan(make_plan(*arguments)))
     return output.getvalue()
@@ -107,8 +107,16 @@ def test_the_text_of_a_plan():
         "tokens   204,800 (2.00 epochs)",
         "",
     ]
-    assert "ZeRO 2 (chosen)" in text
-    for part in ("weights", "gradients", "optimizer", "activations", "snapshots", "fullest moment", "fits in 8.0 GiB"):
+    assert "▸ ZeRO 2" in text
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "snapshots",
+        "at the fullest moment",
+        "fits in 8.0 GiB",
+    ):
         assert part in text
 
 
