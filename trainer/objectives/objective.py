@@ -1,4 +1,4 @@
-"""The objective of a run: named sums over the targets, and the one number that is backpropagated."""
+"""The objective of a run: named sums over the targets."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ def make_objective(config: ObjectiveConfig) -> Objective:
         return {"loss": cross_entropy, "z_loss": weight * squared_partition}
 
     return with_z_loss
-
-
-def total(terms: dict[str, Tensor], denominator: float | Tensor) -> Tensor:
-    """What is backpropagated: the sum of all terms over `denominator`, 0-dim.
-
-    With one term this is the bits of `F.cross_entropy(..., reduction="sum") / denominator`.
-    """
-    first, *others = terms.values()
-    for other in others:
-        first = first + other
-    return first / denominator
 
 
 def _plain(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

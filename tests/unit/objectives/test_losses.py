@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config.schema import ObjectiveConfig
-from trainer.objectives import make_objective, total
+from trainer.engine.zero import sum_of
+from trainer.objectives import make_objective
 
 BATCH, LENGTH, VOCABULARY = 3, 7, 11
 
@@ -36,7 +37,7 @@ def dense_reference(logits: torch.Tensor, labels: torch.Tensor, weight: float) -
 def test_terms_and_gradient_equal_the_dense_reference(z_loss, dtype, tolerance):
     logits, labels = example(dtype)
     terms = make_objective(ObjectiveConfig(z_loss=z_loss))(logits, labels)
-    total(terms, 17.0).backward()
+    (sum_of(terms) / 17.0).backward()
 
     dense = logits.detach().double().requires_grad_()
     cross_entropy, penalty = dense_reference(dense, labels, z_loss)
@@ -56,12 +57,12 @@ def test_terms_and_gradient_equal_the_dense_reference(z_loss, dtype, tolerance):
 def test_plain_total_has_the_bits_of_torch():
     logits, labels = example()
     count = int((labels >= 0).sum())
-    total(make_objective(ObjectiveConfig())(logits, labels), count).backward()
+    (sum_of(make_objective(ObjectiveConfig())(logits, labels)) / count).backward()
 
     twin = logits.detach().clone().requires_grad_()
     reference = F.cross_entropy(twin.float().view(-1, VOCABULARY), labels.view(-1), reduction="sum") / count
     reference.backward()
-    assert torch.equal(total(make_objective(ObjectiveConfig())(logits, labels), count), reference)
+    assert torch.equal(sum_of(make_objective(ObjectiveConfig())(logits, labels)) / count, reference)
     assert torch.equal(logits.grad, twin.grad)
 
 
@@ -78,7 +79,7 @@ def test_each_term_is_differentiable_alone():
 def test_no_target_means_no_loss_and_no_gradient(z_loss):
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(3)).requires_grad_()
     terms = make_objective(ObjectiveConfig(z_loss=z_loss))(logits, torch.full((2, 3), -100))
-    value = total(terms, 1.0)
+    value = sum_of(terms)
     value.backward()
     assert value == 0
     assert torch.equal(logits.grad, torch.zeros(2, 3, 5))
