@@ -31,6 +31,8 @@ _SPACES = b" \t\n"
 _ASCII, _BEYOND_ASCII = bytes(range(128)), bytes(range(128, 256))
 # C0 and C1 controls but tab and newline, the byte-order mark, and code points that are no characters
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+# what bytes become when a single-byte encoding is assumed for them: nothing of CJK
+_SUSPECT = re.compile("[\x80-\u2fff\uf8ff\ufb01\ufb02\ufffd]")
 _MIN_LINES = 10
 
 
@@ -96,12 +98,14 @@ def _repair_ascii(text: str) -> str:
 
 def _repair_unicode(text: str) -> str:
     text = _unify_newlines(text)
-    # mis-decoding is a matter of lines, and looking at a line costs far more than finding it to be ASCII
-    lines = text.split("\n")
-    for index, line in enumerate(lines):
-        if not line.isascii() and ftfy.badness.is_bad(line):
-            lines[index] = ftfy.fix_encoding(line)
-    text = _UNWANTED.sub("", "\n".join(lines))
+    if _SUSPECT.search(text):
+        # mis-decoding is a matter of lines, and ftfy's look at one costs far more than finding it innocent
+        lines = text.split("\n")
+        for index, line in enumerate(lines):
+            if not line.isascii() and _SUSPECT.search(line) and ftfy.badness.is_bad(line):
+                lines[index] = ftfy.fix_encoding(line)
+        text = "\n".join(lines)
+    text = _UNWANTED.sub("", text)
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 

@@ -116,13 +116,13 @@ class Samples:
     def windows(self, ids: IntArray) -> Windows:
         """The samples `ids` as they lie in the files."""
         shape = (len(ids), self.sequence_length + 1)
-        tokens, place = np.full(shape, self.eos_id, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        tokens, place = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         valid = np.empty(shape, dtype=np.bool_)
         for source, rows, first in self._by_source(ids):
             index = first[:, None] + np.arange(self.sequence_length + 1)
             inside = index < len(source.tokens)
-            found = source.tokens[np.minimum(index, len(source.tokens) - 1)]
-            tokens[rows] = np.where(inside, found, self.eos_id)
+            # a source ends with end-of-text, which fills up its last sample
+            tokens[rows] = source.tokens[np.minimum(index, len(source.tokens) - 1)]
             valid[rows] = inside
             place[rows] = index - source.offsets[np.searchsorted(source.offsets, index, side="right") - 1]
         return Windows(tokens, valid, place)
