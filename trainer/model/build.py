@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
@@ -32,6 +32,7 @@ def build_model(
 ) -> PreTrainedModel:
     """The model of `config` in training mode, every parameter of type `dtype`.
 
+    `position_ids` that it is given count from 0, whatever the architecture makes of them.
     Weights from scratch are a pure function of (`config.seed`, parameter name); see :mod:`trainer.model.initialise`.
 
     Args:
@@ -46,8 +47,11 @@ def build_model(
     check_positions(config, model_config)
     if config.model.pretrained is None:
         model = _from_scratch(config, model_config, zero3, dtype)
+    elif zero3 is not None and config.model.pretrained.endswith(".gguf"):
+        model = _from_gguf_sharded(config, model_config, zero3, dtype)
     else:
         model = _from_pretrained(config, model_config, zero3, dtype)
+    _adapt_positions(model, config)
     if config.model.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -79,7 +83,7 @@ def meta_model(config: RunConfig, vocabulary: int | None) -> PreTrainedModel:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the model reads `position_ids`; ALiBi and state-space models do not, and must not be given any."""
+    """Whether the model reads `position_ids`; ALiBi and state-space models do not."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
@@ -95,15 +99,7 @@ def position_offset(model: PreTrainedModel) -> int:
 def _from_scratch(
     config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    with ExitStack() as stack:
-        stack.enter_context(no_init_weights())
-        if zero3 is not None:
-            import deepspeed
-
-            # before zero.Init, which would otherwise round the positions of rotary embeddings
-            stack.enter_context(prevent_arange_dtype_change())
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3, dtype=dtype))
-        model = _instantiate(config, model_config, dtype)
+    model = _without_values(config, model_config, zero3, dtype)
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         # Samples are packed without padding: the token that the architecture calls padding is one like any other.
@@ -113,12 +109,57 @@ def _from_scratch(
     return model
 
 
+def _without_values(
+    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Parameters with shapes and arbitrary values, not tied yet; under ZeRO-3 each is sharded as soon as it is made."""
+    with ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        if zero3 is not None:
+            import deepspeed
+
+            # before zero.Init, which would otherwise round the positions of rotary embeddings
+            stack.enter_context(prevent_arange_dtype_change())
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3, dtype=dtype))
+        return _instantiate(config, model_config, dtype)
+
+
+def _from_gguf_sharded(
+    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Rank 0 reads the file and deals out the shards: transformers would dequantise the whole model on every rank."""
+    import deepspeed
+
+    is_first = torch.distributed.get_rank() == 0
+    source: dict[str, torch.Tensor] = {}
+    failure: list[str | None] = [None]
+    if is_first:
+        try:
+            source = _from_pretrained(config, model_config, None, dtype).state_dict()
+        except ConfigError as error:
+            failure[0] = error.problems[0][1]
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ConfigError([("model", failure[0])])
+    model = _without_values(config, model_config, zero3, dtype)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if is_first:
+                    parameter.copy_(source[name])
+    return model
+
+
 def _from_pretrained(
     config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
 ) -> PreTrainedModel:
     # transformers shards while loading as long as this object lives
     keeps_sharded = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # type: ignore[no-untyped-call]
     name, arguments = pretrained_reference(config.model)
+    if "gguf_file" in arguments:
+        # where a kernel for packed weights is installed, they would stay packed, which cannot be trained
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     with torch.random.fork_rng(devices=[]):
         # weights that the checkpoint lacks (a new head) are drawn, and must not depend on what was drawn before
         torch.default_generator.manual_seed(config.seed)
@@ -140,10 +181,40 @@ def _from_pretrained(
     ):
         if report.get(names):
             logger.warning("weights that %s %s: %s", config.model.pretrained, what, ", ".join(sorted(report[names])))
-    # a dequantised GGUF model cannot be saved while its configuration calls it quantised
-    if "gguf_file" in arguments and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        # a dequantised model cannot be saved while it is called quantised
+        model.hf_quantizer.remove_quantization_config(model)
     return model  # type: ignore[no-any-return]
+
+
+def _adapt_positions(model: PreTrainedModel, config: RunConfig) -> None:
+    """Let the model be given `position_ids` that count from 0, whatever it makes of them.
+
+    Raises:
+        ConfigError: attention is to stay inside documents, and the model takes no positions to tell them by.
+    """
+    if not takes_positions(model):
+        if config.data.boundaries == "block":
+            raise ConfigError(
+                [("data.boundaries", f"block needs positions, and {type(model).__name__} takes none; use join")]
+            )
+        if config.data.boundaries == "positions":
+            logger.warning("data.boundaries=positions has no effect: %s takes no positions", type(model).__name__)
+        model.register_forward_pre_hook(_drop_positions, with_kwargs=True)
+    elif offset := position_offset(model):
+
+        def shift(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                ids = kwargs["input_ids"]
+                positions = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+            return args, {**kwargs, "position_ids": positions + offset}
+
+        model.register_forward_pre_hook(shift, with_kwargs=True)
+
+
+def _drop_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
 
 
 def _instantiate(config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -54,6 +54,7 @@ def run_config(
     length: int = LENGTH,
     stage: int = 0,
     decay_embeddings: bool = False,
+    boundaries: str = "positions",
     fields: dict[str, Any] | None = None,
     **model: Any,
 ) -> RunConfig:
@@ -66,6 +67,7 @@ def run_config(
         data=DataConfig(
             sources=(SourceConfig(stdlib=True),),
             sequence_length=length,
+            boundaries=boundaries,
             tokenizer=TokenizerConfig(train=TrainTokenizerConfig(vocabulary=VOCABULARY)),
         ),
         model=ModelConfig(**model),

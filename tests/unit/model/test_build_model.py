@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from model_configs import LENGTH, TINY, VOCABULARY, run_config
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, RobertaForMaskedLM
 
 from trainer.errors import ConfigError
 from trainer.model.build import build_model, position_offset, takes_positions
@@ -32,8 +32,7 @@ def test_every_architecture_takes_a_step(name, activation_checkpointing):
     assert model.training
     assert model.config.vocab_size == VOCABULARY
     assert model.config.use_cache is False
-    positions = torch.arange(LENGTH).expand(2, -1) + position_offset(model)
-    logits = model(input_ids=some_ids(), **({"position_ids": positions} if takes_positions(model) else {})).logits
+    logits = model(input_ids=some_ids(), position_ids=torch.arange(LENGTH).expand(2, -1)).logits
     assert logits.shape == (2, LENGTH, VOCABULARY)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), some_ids().flatten()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -62,6 +61,11 @@ class TestFirstWeights:
         # what is not drawn has a formula: ones, zeros, Mamba's A_log
         assert all(not torch.equal(first[key], other[key]) for key in drawn if "A_log" not in key)
         assert len(drawn) > 5
+
+    def test_of_two_layers_differ(self):
+        first = weights(build(run_config("llama")))
+        a, b = (first[f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in (0, 1))
+        assert not torch.equal(a, b)
 
     def test_are_the_same_for_a_layer_in_a_deeper_model(self):
         shallow = weights(build(run_config("llama")))
@@ -221,9 +225,17 @@ def test_positions_of_roberta_begin_behind_its_padding():
     roberta = build(run_config("roberta")).eval()
     assert position_offset(roberta) == 2
     ids = some_ids().clamp(min=2)  # 1 is what it calls padding
-    own = roberta(input_ids=ids).logits
-    given = roberta(input_ids=ids, position_ids=torch.arange(LENGTH).expand(2, -1) + 2).logits
-    torch.testing.assert_close(own, given)
+    given = roberta(input_ids=ids, position_ids=torch.arange(LENGTH).expand(2, -1)).logits
+    assert torch.equal(roberta(input_ids=ids).logits, given)
+    plain = RobertaForMaskedLM(roberta.config).eval()
+    plain.load_state_dict(roberta.state_dict())
+    assert torch.equal(plain(input_ids=ids).logits, given)
     assert max_positions(roberta.config) == 510
     assert all(position_offset(build(run_config(name))) == 0 for name in ("llama", "gpt2", "bert"))
+
+
+def test_boundaries_that_a_model_cannot_see_are_said_or_refused(caplog):
     assert not takes_positions(build(run_config("mamba")))
+    assert "data.boundaries=positions has no effect: MambaForCausalLM takes no positions" in caplog.text
+    with pytest.raises(ConfigError, match="block needs positions, and MambaForCausalLM takes none"):
+        build(run_config("mamba", boundaries="block"))

@@ -37,6 +37,15 @@ def test_gpt2_and_bert_spare_biases_norms_and_all_embeddings():
     }
 
 
+def test_norms_with_a_weight_for_each_head_are_spared():
+    fields = {"model_type": "cohere", "use_qk_norm": True}
+    names = decayed("olmo2", fields=fields)
+    model = meta_model(run_config("olmo2", fields=fields), VOCABULARY)
+    assert model.model.layers[0].self_attn.q_norm.weight.dim() == 2
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert not any("q_norm" in name for name in names)
+
+
 def test_mamba_exempts_its_state_matrix():
     names = decayed("mamba")
     assert "backbone.layers.0.mixer.in_proj.weight" in names

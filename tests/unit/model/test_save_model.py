@@ -90,6 +90,13 @@ def test_export_holds_one_copy_of_tied_weights_and_the_asked_type(tmp_path, toke
     assert AutoConfig.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
 
 
+def test_experts_are_written_as_they_were_published(tmp_path, tokenizer_path):
+    config = run_config("mixtral")
+    save(config, trained(config), tmp_path / "export", tokenizer_path)
+    names = read(tmp_path / "export" / "model.safetensors").keys()
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in names
+
+
 def test_tokenizer_and_its_special_tokens_come_with_the_model(tmp_path, tokenizer_path):
     config = run_config("llama")
     save(config, trained(config), tmp_path / "export", tokenizer_path)
