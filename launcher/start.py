@@ -173,7 +173,7 @@ def prepare(root: Path, lock: int | None, say: Say) -> None:
     """
     argv = [sys.executable, "-m", "trainer.stages.prepare", str(root)]
     ended = local.supervise(
-        argv, os.environ, inherit=() if lock is None else (lock,), stopping="stopping to prepare", say=say
+        argv, os.environ, inherit=() if lock is None else (lock,), stopping="stopping the preparation", say=say
     )
     if ended.exit_code == 0:
         return
@@ -258,7 +258,7 @@ def is_exported(root: Path) -> bool:
 def export(root: Path, options: Sequence[str] = ()) -> int:
     """Write weights and tokenizer of the newest checkpoint; the exit code of the process that does it."""
     argv = [sys.executable, "-m", "trainer.stages.export", str(root), *options]
-    return local.supervise(argv, os.environ, stopping="stopping to export").exit_code
+    return local.supervise(argv, os.environ, stopping="stopping the export").exit_code
 
 
 def require_startable(config: RunConfig) -> None:

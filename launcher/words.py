@@ -43,11 +43,11 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
 
 
 def _beside(entropy: float | None) -> str:
-    return "" if entropy is None else f" (unigram entropy of the text: {entropy:.4f})"
+    return "" if entropy is None else f" (unigram entropy of that text: {entropy:.4f})"
 
 
 def unigram_entropy(root: Path) -> float | None:
-    """Entropy of the text's token frequencies, in nats; None where preparing recorded none."""
+    """Entropy of the token frequencies of the held-out text, in nats a token; None where preparing recorded none."""
     try:
         value = json.loads(RunFiles(root).data.read_text(encoding="utf-8"))["report"]["unigram_entropy"]
     except (OSError, ValueError, LookupError, TypeError):

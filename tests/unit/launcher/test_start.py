@@ -117,7 +117,7 @@ def test_the_end_shows_the_loss_beside_the_entropy_and_only_what_is_there(tmp_pa
     for name in ("tensorboard", "export"):
         (tmp_path / name).mkdir()
     text = closing(tmp_path, outcome)
-    assert "2.5000 nats a token (unigram entropy of the text: 5.7500)" in text
+    assert "2.5000 nats a token (unigram entropy of that text: 5.7500)" in text
     assert f"tensorboard --logdir {tmp_path}/tensorboard" in text or "tensorboard --logdir ../" in text
     halted = closing(tmp_path, {"reason": "halted", "exit_code": 3, "message": "ten NaNs in a row"})
     assert "The guard halted the run: ten NaNs in a row" in halted
