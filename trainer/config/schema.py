@@ -229,7 +229,7 @@ class EvaluationConfig(Section):
     every: PositiveInt | None = 500
     """Steps between evaluations; there is always one at the end. None: only at the end."""
     max_samples: PositiveInt | None = None
-    """Evaluate on the first so many held-out samples. None: all."""
+    """Evaluate on so many held-out samples, taken evenly over the split. None: all."""
 
 
 class CheckpointConfig(Section):

@@ -244,12 +244,15 @@ def _tokenise(
     arrays = []
     for part in parts:
         digest, lengths = xxhash.xxh3_128(), [np.zeros(1, dtype=np.int64)]
+        unknown = 0
         tasks = _tasks(part, folder / "tokenizer" / "tokenizer.json", vocabulary)
         with part.stem.with_suffix(".tokens").open("wb") as file:
             for tokens, own_lengths in pool.map(tokenize.encode, tasks):
                 file.write(tokens.data)
                 digest.update(tokens.data)
-                counts[part.split] += np.bincount(tokens, minlength=vocabulary.size)
+                occurrences = np.bincount(tokens, minlength=vocabulary.size)
+                counts[part.split] += occurrences
+                unknown += int(occurrences[vocabulary.unknown_id]) if vocabulary.unknown_id is not None else 0
                 lengths.append(own_lengths)
                 done += len(own_lengths)
                 progress("tokenising", done, total)
@@ -265,6 +268,7 @@ def _tokenise(
                 "characters": part.characters,
                 "bytes": part.bytes,
                 "tokens": int(offsets[-1]),
+                "unknown_tokens": unknown,
                 "digest": digest.hexdigest(),
             }
         )

@@ -121,7 +121,7 @@ class Prepared:
         sources = []
         for index, source in enumerate(self._manifest["sources"]):
             kept = {entry["split"]: entry for entry in self._manifest["arrays"] if entry["source"] == index}
-            numbers = ("documents", "characters", "bytes", "tokens")
+            numbers = ("documents", "characters", "bytes", "tokens", "unknown_tokens")
             sources.append(
                 {name: source[name] for name in ("name", "documents", "characters", "repaired", "removed")}
                 | {split: {name: entry[name] for name in numbers} for split, entry in kept.items()}

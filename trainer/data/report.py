@@ -37,6 +37,9 @@ def table(report: dict[str, Any]) -> Table:
         for rule, entry in source["removed"].items():
             example = Text(entry["examples"][0])
             result.add_row(f"  − {rule}", f"{entry['documents']:,}", f"{entry['characters']:,}", "", "", example)
+        if train["unknown_tokens"] or held_out["unknown_tokens"]:
+            unknown = (f"{split['unknown_tokens']:,}" for split in (train, held_out))
+            result.add_row("  text that the vocabulary cannot express", "", "", *unknown)
         result.add_row("  kept", f"{train['documents'] + held_out['documents']:,}",
                        f"{train['characters'] + held_out['characters']:,}")  # fmt: skip
     return result

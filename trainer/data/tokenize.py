@@ -38,6 +38,8 @@ class Vocabulary:
     eos_id: int
     mask_id: int | None
     special_ids: tuple[int, ...]
+    unknown_id: int | None = None
+    """Stands for text that the vocabulary cannot express; None where it can express all."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -143,7 +145,9 @@ def save(choice: Choice, folder: Path, texts: Iterator[str], num_characters: int
     if end is None:
         raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    return Vocabulary(size, end, tokenizer.mask_token_id, tuple(sorted(set(tokenizer.all_special_ids))))
+    special = tuple(sorted(set(tokenizer.all_special_ids)))
+    unknown = tokenizer.unk_token_id
+    return Vocabulary(size, end, tokenizer.mask_token_id, special, None if unknown == end else unknown)
 
 
 def _train(config: TrainTokenizerConfig, texts: Iterator[str], num_characters: int) -> Any:

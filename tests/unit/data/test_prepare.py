@@ -252,6 +252,23 @@ def test_an_existing_tokenizer_gives_the_same_tokens(base, config, tmp_path):
     assert loaded.decode(loaded(story(1))["input_ids"]) == story(1)
 
 
+def test_text_beyond_the_vocabulary_is_counted(base, config, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1} | {w: n for n, w in enumerate(WORDS, 2)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "words"
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    prepared = run(config(tokenizer=TokenizerConfig(path=str(folder))), base)
+    # "Story" and the number of each document
+    unknown = [
+        source[split]["unknown_tokens"] for source in prepared.report["sources"] for split in ("train", "held_out")
+    ]
+    assert sum(unknown) == 90 * 2
+
+
 def test_truncation_of_a_tokenizer_is_not_inherited(base, config, tmp_path):
     trained = run(config(), base)
     path = trained.tokenizer_path / "tokenizer.json"
