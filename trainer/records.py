@@ -160,13 +160,14 @@ class ModelFacts:
     max_positions: int | None
     """Longest sequence that the positions allow; None: no limit."""
     matmul_parameters: int
-    """Parameters that take part in matrix products for each token: all 2-D weights but look-up embeddings; a tied output head counts."""
+    """Parameters that take part in matrix products for each token: all 2-D weights but look-up embeddings; a tied
+    output head counts."""
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.num_elements for parameter in self.parameters)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of forward and backward per token: 6·N for the matrix products plus 12·layers·hidden·length for attention
-        (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
+        """FLOPs of forward and backward per token: 6·N for the matrix products plus 12·layers·hidden·length for
+        attention (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
         return 6.0 * self.matmul_parameters + 12.0 * self.num_layers * self.hidden_size * sequence_length
