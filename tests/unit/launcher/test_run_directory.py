@@ -21,6 +21,7 @@ from launcher.run_directory import (
     write_atomically,
 )
 from trainer.config.options import options
+from trainer.config.resolve import fingerprint
 from trainer.config.schema import RunConfig
 from trainer.errors import RunDirectoryError
 
@@ -68,6 +69,25 @@ def test_harmless_names_are_options_and_no_option_is_harmless_by_a_common_beginn
     assert set(HARMLESS) <= paths
     assert not Difference("cluster.threads_per_rank_and_more", 1, 2).harmless
     assert not Difference("schedule.duration", 1, 2).harmless
+
+
+def test_what_may_change_does_not_change_what_a_checkpoint_is_of(make_config: MakeConfig) -> None:
+    """The trainer refuses a checkpoint of another fingerprint: what is accepted here must not enter it."""
+    old = make_config()
+    data = old.data.model_dump(mode="json")
+    new = make_config(
+        runs="/elsewhere",
+        telemetry={"norms_every": 5, "weights_every": None, "tensorboard": False, "console": "quiet"},
+        evaluation={"every": 3, "max_samples": 2},
+        checkpoint={"every": 3, "keep": 1},
+        guard={"max_consecutive_skips": 3},
+        cluster={"threads_per_rank": 3},
+        data=data | {"workers": 1, "prefetch": 0, "prepared": "/elsewhere", "accept_changed": True},
+    )
+    found = differences(old, new)
+    assert all(difference.harmless for difference in found)
+    assert {name for name in HARMLESS if any(item.path.startswith(name) for item in found)} == set(HARMLESS)
+    assert fingerprint(old) == fingerprint(new)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "/etc", "."])
