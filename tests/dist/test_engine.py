@@ -264,3 +264,39 @@ def test_penalties_equal_a_dense_reference(two_ranks: RankPool, stage: int) -> N
         assert stats.grad_norm == pytest.approx(float(norm), rel=1e-5)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, atol=2e-5)
+
+
+def losses(rank: int, world_size: int, config: RunConfig) -> list[float]:
+    return [stats.loss for stats in train(rank, world_size, config, 5)["stats"]]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_other_numbers_of_ranks_and_micro_batches_agree(two_ranks: RankPool, four_ranks: RankPool, stage: int) -> None:
+    """Same samples, same mean over the global batch: only the order of sums differs."""
+    options = {"zero": {"stage": stage}, "optim": {"eps": 1e-3}}
+    expected = two_ranks(losses, config=make_config(**options))[0]
+    other_micro = two_ranks(losses, config=make_config(**options, batch={"samples": 8, "micro": 1}))[0]
+    more_ranks = four_ranks(losses, config=make_config(**options))
+    assert other_micro == pytest.approx(expected, rel=1e-5)
+    for found in more_ranks:
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def weights_measured(rank: int, world_size: int, config: RunConfig) -> Any:
+    engine = make_engine(config, rank, world_size)
+    before = weights(engine)
+    engine.accumulate(make_batch(config, 0, rank, world_size), attempt=1, step=1)
+    applied, measured = engine.apply_measured(config.optim.clip, LR)
+    return applied, measured, before, weights(engine), engine.names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weight_norms_and_update_ratios(two_ranks: RankPool, stage: int) -> None:
+    for applied, measured, before, after, names in two_ranks(
+        weights_measured, config=make_config(zero={"stage": stage})
+    ):
+        assert applied
+        for index, name in enumerate(names):
+            norm, update = np.linalg.norm(after[name]), np.linalg.norm(after[name] - before[name])
+            assert measured.parameter_norms[index] == pytest.approx(norm, rel=1e-5)
+            assert measured.update_ratios[index] == pytest.approx(update / norm, rel=1e-3)
