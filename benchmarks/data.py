@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,13 @@ def paths(files: list[str]) -> list[str]:
     return [str(path) for _, path in standard_library()]
 
 
-def ours(files: list[str], tokenizer: str, folder: str) -> float:
+def processor_seconds() -> float:
+    """Of this process and those of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def ours(files: list[str], tokenizer: str, folder: str) -> tuple[float, float]:
     import transformers  # noqa: F401 - timed after imports, like the other side
 
     from trainer.config.schema import DataConfig, SourceConfig, TokenizerConfig
@@ -43,18 +50,18 @@ def ours(files: list[str], tokenizer: str, folder: str) -> float:
     config = DataConfig(
         sources=(source,), tokenizer=TokenizerConfig(path=tokenizer), prepared=folder, workers=PROCESSES
     )
-    start = time.perf_counter()
+    start, before = time.perf_counter(), processor_seconds()
     prepare(config, base=Path.cwd(), tokenizer_fallback=None, trust_remote_code=False)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - before
 
 
-def plain(files: list[str], tokenizer: str, folder: str) -> float:
+def plain(files: list[str], tokenizer: str, folder: str) -> tuple[float, float]:
     import datasets
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
     names = paths(files)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), processor_seconds()
     encode = AutoTokenizer.from_pretrained(tokenizer)
     encode.model_max_length = 10**12
 
@@ -71,7 +78,7 @@ def plain(files: list[str], tokenizer: str, folder: str) -> float:
     options = {"batched": True, "batch_size": 64, "num_proc": PROCESSES}
     tokens = text.map(tokenise, remove_columns=text.column_names, **options)
     tokens.map(group, **options)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - before
 
 
 def fetch(folder: str) -> dict[str, float]:
@@ -113,19 +120,24 @@ def main() -> None:
         train = TokenizerConfig(train=TrainTokenizerConfig(max_characters=5_000_000))
         config = DataConfig(sources=(source,), tokenizer=train, prepared=f"{scratch}/tokenizer")
         tokenizer = prepare(config, base=Path.cwd(), tokenizer_fallback=None, trust_remote_code=False).tokenizer_path
-        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+        wall: dict[str, list[float]] = {"ours": [], "plain": []}
+        processor: dict[str, list[float]] = {"ours": [], "plain": []}
         for turn in range(arguments.rounds):
             for side in ("ours", "plain") if turn % 2 == 0 else ("plain", "ours"):
                 folder = f"{scratch}/{side}-{turn}"
                 command = [sys.executable, __file__, "--one", side, str(tokenizer), folder]
                 command += ["--files", *arguments.files] if arguments.files else []
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                seconds[side].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"round {turn + 1}: {side} {megabytes / seconds[side][-1]:.2f} MB/s", flush=True)
-        speed = {side: megabytes / statistics.median(values) for side, values in seconds.items()}
-        ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["plain"], strict=True)]
-        print(f"{megabytes:.1f} MB; median ours {speed['ours']:.2f} MB/s, plain {speed['plain']:.2f} MB/s")
-        print(f"median ratio of the rounds {statistics.median(ratios):.2f} (bar 1.0)")
+                seconds, of_processor = json.loads(done.stdout.splitlines()[-1])
+                wall[side].append(seconds)
+                processor[side].append(of_processor)
+                speed = f"{megabytes / seconds:.2f} MB/s, {megabytes / of_processor:.2f} MB per processor second"
+                print(f"round {turn + 1}: {side} {speed}", flush=True)
+        print(f"{megabytes:.1f} MB")
+        for what, seconds_of in [("wall", wall), ("processor", processor)]:
+            speeds = {side: megabytes / statistics.median(values) for side, values in seconds_of.items()}
+            ratio = statistics.median(p / o for o, p in zip(seconds_of["ours"], seconds_of["plain"], strict=True))
+            print(f"{what}: ours {speeds['ours']:.2f}, plain {speeds['plain']:.2f} MB/s; ratio {ratio:.2f} (bar 1.0)")
         for name, milliseconds in fetch(f"{scratch}/ours-0").items():
             print(f"batch of {BATCH} × {LENGTH}, {name}: {milliseconds:.2f} ms")
 

@@ -42,16 +42,18 @@ class ContentHashes:
     def of(self, path: Path, hash_file: Callable[[Path], str] = content_hash) -> str:
         """The hash of the file's content."""
         status = path.stat()
-        stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-        name = str(path)
-        known = self._known.get(name)
-        if known and known[:-1] == stamp:
+        known = self._known.get(str(path))
+        if known and known[:-1] == _stamp(status):
             return str(known[-1])
         result = hash_file(path)
         if time.time() - max(status.st_mtime, status.st_ctime) > _SECONDS_TO_SETTLE:
-            self._known[name] = [*stamp, result]
-            self._changed = True
+            self.remember(path, status, result)
         return result
+
+    def remember(self, path: Path, status: os.stat_result, result: str) -> None:
+        """Keep the hash of a file that has settled; `status` was taken before it was read."""
+        self._known[str(path)] = [*_stamp(status), result]
+        self._changed = True
 
     def save(self) -> None:
         """Write what is remembered. Where that fails, or another process does so too, files are hashed again."""
@@ -61,3 +63,7 @@ class ContentHashes:
                 temporary.write_text(json.dumps(self._known), encoding="utf-8")
                 temporary.replace(self._cache)
                 self._changed = False
+
+
+def _stamp(status: os.stat_result) -> list[object]:
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -134,6 +134,11 @@ def _build_whole(plan: _Plan, config: DataConfig, progress: Progress) -> None:
     temporary.mkdir()
     try:
         build(temporary, config, plan.sources, plan.choice, plan.files, plan.key, progress)
+        hashes = ContentHashes(plan.folder.with_name("hashes.json"))
+        for source, files in zip(plan.sources, plan.files, strict=True):
+            changed = sorted({name for name, _ in set(_files(source, hashes)) ^ set(files)})
+            if changed:
+                raise DataError(f"source {source.name}: {changed[0]} changed while it was prepared: start again")
         temporary.rename(plan.folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -386,6 +386,16 @@ def test_changed_data_is_refused_by_name(base, config):
         check_unchanged(other, "0" * 32, False)
 
 
+def test_a_file_that_changes_meanwhile_is_refused(base, config):
+    def progress(stage, done, total):
+        if stage == "tokenizer":
+            (base / "05.txt").write_text("Another text, written while the data was prepared.")
+
+    with pytest.raises(DataError, match=r"source \*\.txt: 05\.txt changed while it was prepared: start again"):
+        run(config(), base, progress=progress)
+    assert [path for path in Path(config().prepared).iterdir() if path.is_dir()] == []
+
+
 def test_damaged_data_is_refused(base, config):
     prepared = run(config(), base)
     tokens = prepared.path / "train" / "000.tokens"
