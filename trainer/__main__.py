@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -54,6 +55,8 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
     from trainer.engine.ranks import join, leave
 
     ranks = join(device)
+    if device == "cpu":
+        set_threads(files, config)
     if ranks.is_first:
         files.outcome.unlink(missing_ok=True)
     from trainer.stages.prepare import open_run, prepare_run
@@ -115,6 +118,18 @@ def choose_precision(config: RunConfig, device: Device) -> Precision:
     import torch
 
     return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+
+
+def set_threads(files: RunFiles, config: RunConfig) -> None:
+    """Compute with as many threads as planned, whatever launcher set OMP_NUM_THREADS: sums depend on it to the bit."""
+    import torch
+
+    threads = config.cluster.threads_per_rank
+    if threads is None:
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            threads = int(json.loads(files.plan.read_text())["threads_per_rank"])
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def note_end(files: RunFiles, outcome: Outcome) -> bool:
