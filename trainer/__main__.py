@@ -171,4 +171,8 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # all is written and closed; threads of torch and gloo that are still alive could abort an ordinary exit
+    os._exit(code)
