@@ -294,11 +294,12 @@ def main() -> None:
     table = report(results)
     print(table)
     if options.write:
-        text = (
-            f"# Throughput\n\n{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, 2 ranks, fp32, "
-            f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} rounds of {BLOCK} steps in turns.\n"
-            f"Command: `python benchmarks/throughput.py --write`.\n\n{table}\n"
+        machine = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, 2 ranks, fp32"
+        work = (
+            f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} rounds of {BLOCK} steps in turns"
         )
+        command = "python benchmarks/throughput.py --write"
+        text = f"# Throughput\n\n{machine}, {work}.\nCommand: `{command}`.\n\n{table}\n"
         (ROOT / "benchmarks/results/throughput.md").write_text(text)
 
 
