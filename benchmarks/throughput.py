@@ -296,7 +296,7 @@ def main() -> None:
     if options.write:
         machine = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, 2 ranks, fp32"
         work = (
-            f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} rounds of {BLOCK} steps in turns"
+            f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} turns of {BLOCK} steps"
         )
         command = "python benchmarks/throughput.py --write"
         text = f"# Throughput\n\n{machine}, {work}.\nCommand: `{command}`.\n\n{table}\n"
