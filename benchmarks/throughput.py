@@ -260,6 +260,10 @@ def rank_main(folder: Path, rounds: int) -> None:
                     results.setdefault(f"{stage} {name}", []).append(seconds)
     if ranks.is_first:
         (folder / "seconds.json").write_text(json.dumps(results))
+    dist.barrier()
+    sys.stdout.flush()
+    # many engines in one process: an ordinary exit can abort in threads that are still alive
+    os._exit(0)
 
 
 def report(results: dict[str, list[float]]) -> str:
@@ -295,9 +299,7 @@ def main() -> None:
     print(table)
     if options.write:
         machine = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, 2 ranks, fp32"
-        work = (
-            f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} turns of {BLOCK} steps"
-        )
+        work = f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} turns of {BLOCK} steps"
         command = "python benchmarks/throughput.py --write"
         text = f"# Throughput\n\n{machine}, {work}.\nCommand: `{command}`.\n\n{table}\n"
         (ROOT / "benchmarks/results/throughput.md").write_text(text)

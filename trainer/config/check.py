@@ -43,11 +43,14 @@ def check_config(config: RunConfig, source: str = "the config") -> list[str]:
 def unsupported(config: RunConfig, device: Device, precision: Precision) -> list[Problem]:
     """What DeepSpeed cannot do of what the config asks, on this device and in this precision.
 
-    DeepSpeed 0.19.8 runs ZeRO 0–3 in fp32 and bf16 on CPU and GPU; fp16 needs a GPU's kernels.
+    DeepSpeed 0.19.8 runs ZeRO 0–3 in fp32 and bf16 on CPU and GPU; fp16 needs a GPU's kernels and ZeRO 1, 2 or 3.
     """
     problems: list[Problem] = []
     if precision == "fp16" and device == "cpu":
         problems.append(("precision", "fp16 needs a GPU; use bf16 or fp32 on CPU"))
+    if precision == "fp16" and config.zero.stage == 0:
+        # its engine does not multiply the loss there, but its optimizer divides the gradient
+        problems.append(("zero.stage", "DeepSpeed does not scale the fp16 loss under stage 0; use stage 1, or bf16"))
     if config.model.attention.startswith("flash_attention") and device == "cpu":
         problems.append(("model.attention", f"{config.model.attention} needs a GPU; use sdpa or eager on CPU"))
     if config.model.attention.startswith("flash_attention") and precision == "fp32":
@@ -122,6 +125,11 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         yield "zero.offload", "needs zero.stage 1, 2 or 3: stage 0 does not shard the optimizer"
     if config.zero.offload == "all" and config.zero.stage in (1, 2):
         yield "zero.offload", f"`all` needs zero.stage 3: under stage {config.zero.stage} the weights are not sharded"
+    if config.zero.offload != "none" and (config.objective.l1 or config.objective.l2):
+        # DeepSpeed measures the norm that it clips by before the penalties could be added
+        yield "objective", "l1 and l2 do not work with zero.offload; use optim.weight_decay, or no offload"
+    if config.objective.kind == "masked" and config.data.boundaries == "block":
+        yield "data.boundaries", "`block` needs the causal objective: masked models look across; use `positions`"
     clean = config.data.clean
     if clean.max_characters is not None and clean.max_characters < clean.min_characters:
         yield (

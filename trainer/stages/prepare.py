@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from trainer.config.facts import facts_from_json, facts_to_json
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.schema import RunConfig
+from trainer.data import report
 from trainer.data.build import Progress
 from trainer.data.changes import check_unchanged
 from trainer.data.prepare import prepare
@@ -109,27 +108,6 @@ def shown() -> Iterator[Progress]:
         yield update
 
 
-def report_table(report: Mapping[str, Any]) -> Table:
-    """What was read, repaired, removed and kept of each source; `data.json` names a few of the removed documents."""
-    table = Table(title=f"prepared data: {report['path']}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("source", "documents", "characters", "train tokens", "held-out tokens"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
-    for source in report["sources"]:
-        tokens = [f"{source[split]['tokens']:,}" if split in source else "0" for split in ("train", "held_out")]
-        table.add_row(source["name"], f"{source['documents']:,}", f"{source['characters']:,}", *tokens)
-        for rule, count in source["repaired"].items():
-            table.add_row(f"  {rule}", f"{count:,}")
-        for rule, entry in source["removed"].items():
-            table.add_row(f"  left out: {rule}", f"−{entry['documents']:,}", f"−{entry['characters']:,}")
-    if report["unigram_entropy"] is not None:
-        table.caption = (
-            f"vocabulary {report['vocabulary']:,}; unigram entropy of the held-out text "
-            f"{report['unigram_entropy']:.4f} nats a token"
-        )
-        table.caption_justify = "left"
-    return table
-
-
 def main(arguments: Sequence[str]) -> int:
     """Prepare RUN; the exit code of the process."""
     if len(arguments) != 1:
@@ -140,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
         config = read_run_config(files.root)
         with shown() as progress:
             prepared, _ = prepare_run(files, config, progress)
-        Console(stderr=True, highlight=False).print(report_table(prepared.report))
+        Console(stderr=True, highlight=False).print(report.table(prepared.report))
     except TrimtabError as error:
         print(error, file=sys.stderr)
         return error.exit_code

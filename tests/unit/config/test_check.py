@@ -100,6 +100,21 @@ NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
             "`all` needs zero.stage 3: under stage 2 the weights are not sharded",
         ),
         (
+            {"zero__offload": "optimizer", "objective__l2": 0.1},
+            "objective",
+            "l1 and l2 do not work with zero.offload; use optim.weight_decay, or no offload",
+        ),
+        (
+            {"objective__kind": "masked", "data__boundaries": "block"},
+            "data.boundaries",
+            "`block` needs the causal objective: masked models look across; use `positions`",
+        ),
+        (
+            {"precision": "fp16", "zero__stage": 0, "cluster__device": "cuda"},
+            "zero.stage",
+            "DeepSpeed does not scale the fp16 loss under stage 0; use stage 1, or bf16",
+        ),
+        (
             {"data__clean": {"max_characters": 10}},
             "data.clean.max_characters",
             "10 is less than data.clean.min_characters (32): no document fits",
