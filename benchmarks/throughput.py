@@ -137,8 +137,12 @@ def model_of(config: Any, prepared: Any, ranks: Any) -> Any:
     return build_model(config, vocabulary=prepared.vocabulary, zero3=zero3, dtype=torch.float32)
 
 
-def bare(config: Any, ranks: Any, prepared: Any) -> Callable[[], float]:
-    """What a user of DeepSpeed writes, with the same optimizer and clipping."""
+def bare(config: Any, ranks: Any, prepared: Any, *, defaults: bool) -> Callable[[], float]:
+    """What a user of DeepSpeed writes, with the same optimizer and clipping.
+
+    Args:
+        defaults: DeepSpeed's own settings of how it shards, where ours are tuned; the stage is the same.
+    """
     import deepspeed
     import torch
     import torch.nn.functional as F
@@ -148,10 +152,13 @@ def bare(config: Any, ranks: Any, prepared: Any) -> Callable[[], float]:
     from trainer.optim.build import build_optimizer
 
     model = model_of(config, prepared, ranks)
+    settings = deepspeed_config(config, ranks.world_size, "cpu", "fp32")
+    if defaults:
+        settings["zero_optimization"] = {"stage": config.zero.stage}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(parameter_groups(model, config), config, "cpu"),
-        config=deepspeed_config(config, ranks.world_size, "cpu", "fp32"),
+        config=settings,
     )
     batches = [
         [{name: torch.from_numpy(array) for name, array in micro.items()} for micro in batch.micro_batches]
@@ -244,7 +251,11 @@ def rank_main(folder: Path, rounds: int) -> None:
         config = make_config(folder, stage)
         prepared = prepare(config.data, base=folder, tokenizer_fallback=None, trust_remote_code=False)
         dist.barrier()
-        contestants = {"ours": ours(config, ranks, prepared, folder), "bare": bare(config, ranks, prepared)}
+        contestants = {
+            "ours": ours(config, ranks, prepared, folder),
+            "bare, our settings": bare(config, ranks, prepared, defaults=False),
+            "bare": bare(config, ranks, prepared, defaults=True),
+        }
         if stage == 1:
             replicated = config.model_copy(
                 update={"zero": config.zero.model_copy(update={"stage": 0}), "name": "stage0"}
@@ -272,7 +283,11 @@ def report(results: dict[str, list[float]]) -> str:
         "| compared | theirs, ms a step | ours, ms a step | theirs ÷ ours (median of rounds) |",
         "|---|---|---|---|",
     ]
-    pairs = [(f"bare DeepSpeed loop, ZeRO {s}", f"{s} bare", f"{s} ours") for s in (1, 2, 3)]
+    pairs = [
+        (f"bare DeepSpeed loop, ZeRO {stage}{title}", f"{stage} {name}", f"{stage} ours")
+        for title, name in ((", DeepSpeed's defaults", "bare"), (", our ZeRO settings", "bare, our settings"))
+        for stage in (1, 2, 3)
+    ]
     pairs.append(("transformers' Trainer (DDP)", "1 Trainer", "1 ours, ZeRO 0"))
     for title, theirs, our in pairs:
         ratio = statistics.median(a / b for a, b in zip(results[theirs], results[our], strict=True))

@@ -117,7 +117,8 @@ def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: P
     if config.zero.stage:
         zero |= {
             "overlap_comm": config.zero.overlap and on_gpu,
-            "contiguous_gradients": True,
+            # one more copy of every gradient, against fragmentation of GPU memory; offload is built on it
+            "contiguous_gradients": on_gpu or config.zero.offload != "none",
             "reduce_bucket_size": config.zero.bucket_elements,
             "allgather_bucket_size": config.zero.bucket_elements,
         }

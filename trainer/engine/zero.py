@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,5 +232,5 @@ def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
 
 def seed_everything(seed: int, batch_index: int, first_sample: int) -> None:
     """Seed torch on all devices from a place in the data: randomness is a function of position, no state to save."""
-    sequence = np.random.SeedSequence((seed, batch_index, first_sample))
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    place = f"{seed} {batch_index} {first_sample}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little"))
