@@ -13,7 +13,7 @@ PIP_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c $(VENV)/constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(VENV)/constraints.txt
 
 .PHONY: demo install install-dev test check bench clean FORCE
 .DELETE_ON_ERROR:
@@ -53,8 +53,9 @@ $(VENV)/constraints.txt: FORCE | $(BIN)/python
 # torch first: whatever comes after then finds it and leaves it alone. DS_BUILD_OPS=0: DeepSpeed compiles the few
 # operators that it needs when they are first used, for the torch that is there.
 $(VENV)/installed: pyproject.toml $(VENV)/constraints.txt
-	$(INSTALL) '$(TORCH)'
-	DS_BUILD_OPS=0 $(INSTALL) -e .
+	@echo "installing into $(VENV), about a minute or two"
+	@$(INSTALL) '$(TORCH)'
+	@DS_BUILD_OPS=0 $(INSTALL) -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

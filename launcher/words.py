@@ -10,6 +10,8 @@ from typing import Any
 
 from trainer.config.files import RunFiles
 
+KEEP_EVERY_POINT = "--samples_per_plugin scalars=100000"
+
 _HEADLINES = {
     "completed": "The run is complete",
     "stopped": "The run stopped as asked",
@@ -34,7 +36,8 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
     if (held_out := outcome.get("held_out_loss")) is not None:
         rows.append(("held-out loss", f"{held_out:.4f} nats a token{_beside(unigram_entropy(root))}"))
     if files.tensorboard.is_dir():
-        rows.append(("TensorBoard", f"tensorboard --logdir {_path(files.tensorboard)}"))
+        # by itself TensorBoard keeps 1,000 points of a curve, and so drops spikes
+        rows.append(("TensorBoard", f"tensorboard --logdir {_path(files.tensorboard)} {KEEP_EVERY_POINT}"))
     if files.export.is_dir():
         rows.append(("export", _path(files.export)))
     rows.append(("run directory", _path(root)))

@@ -300,3 +300,39 @@ def test_weight_norms_and_update_ratios(two_ranks: RankPool, stage: int) -> None
             norm, update = np.linalg.norm(after[name]), np.linalg.norm(after[name] - before[name])
             assert measured.parameter_norms[index] == pytest.approx(norm, rel=1e-5)
             assert measured.update_ratios[index] == pytest.approx(update / norm, rel=1e-3)
+
+
+def held_out(rank: int, world_size: int, config: RunConfig, num_samples: int) -> Any:
+    """Evaluates samples that do not divide: places left empty have no labels, as the stream gives them."""
+    engine = make_engine(config, rank, world_size)
+    ids, labels = global_batch(config, 0, ragged=True)
+    micro = 2
+    batches = []
+    for first in range(0, num_samples, micro * world_size):
+        places = first + rank * micro + np.arange(micro)
+        rows = np.minimum(places, num_samples - 1)
+        here = labels[rows].copy()
+        here[places >= num_samples] = -100
+        batches.append({"input_ids": ids[rows], "labels": here})
+    before = engine.accumulate(make_batch(config, 1, rank, world_size), attempt=1, step=1)
+    found = engine.evaluate(batches)
+    engine.discard()
+    return found, before
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("num_samples", [5, 8])
+def test_held_out_loss_is_exact_whatever_the_remainder(
+    two_ranks: RankPool, four_ranks: RankPool, stage: int, num_samples: int
+) -> None:
+    config = make_config(zero={"stage": stage})
+    ids, labels = global_batch(config, 0, ragged=True)
+    model = make_model()
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids[:num_samples])).logits
+        targets = torch.from_numpy(labels[:num_samples])
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    for pool in (two_ranks, four_ranks):
+        for (loss, num_targets), _ in pool(held_out, config=config, num_samples=num_samples):
+            assert num_targets == int((labels[:num_samples] >= 0).sum())
+            assert loss == pytest.approx(expected, rel=1e-6)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import Workspace
+from workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
