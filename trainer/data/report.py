@@ -9,19 +9,19 @@ if TYPE_CHECKING:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """`Prepared.report` as a table to print: a row a source, and under it a row for each repair and each rule."""
+    """`Prepared.report` as a table to print: a row a source, and under it a row for each repair and each rule.
+
+    The names of a few of the removed documents are in `Prepared.manifest`; they would not fit beside the numbers.
+    """
     from rich.table import Table
     from rich.text import Text
 
     entropy = report["unigram_entropy"]
-    known = f"unigram entropy {entropy:.3f} nats/token" if entropy is not None else "no held-out split"
-    result = Table(
-        title="Data", caption=f"vocabulary {report['vocabulary']:,} · {known} · {report['fingerprint']}", expand=False
-    )
-    result.add_column("source")
-    for name in ("documents", "characters", "train tokens", "held-out tokens"):
+    known = f"unigram entropy {entropy:.3f} nats a token" if entropy is not None else "no held-out split"
+    result = Table(box=None, caption=f"vocabulary {report['vocabulary']:,} · {known}", caption_justify="left")
+    result.add_column("source", no_wrap=True, min_width=40)
+    for name in ("documents", "characters", "train\ntokens", "held-out\ntokens"):
         result.add_column(name, justify="right")
-    result.add_column("for example")
     for source in report["sources"]:
         train, held_out = source["train"], source["held_out"]
         # names come from file systems and hubs: never read as markup
@@ -35,8 +35,7 @@ def table(report: dict[str, Any]) -> Table:
         for repair, count in source["repaired"].items():
             result.add_row(f"  {repair}", f"{count:,}")
         for rule, entry in source["removed"].items():
-            example = Text(entry["examples"][0])
-            result.add_row(f"  − {rule}", f"{entry['documents']:,}", f"{entry['characters']:,}", "", "", example)
+            result.add_row(f"  left out: {rule}", f"−{entry['documents']:,}", f"−{entry['characters']:,}")
         if train["unknown_tokens"] or held_out["unknown_tokens"]:
             unknown = (f"{split['unknown_tokens']:,}" for split in (train, held_out))
             result.add_row("  text that the vocabulary cannot express", "", "", *unknown)
