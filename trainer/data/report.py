@@ -19,7 +19,7 @@ def table(report: dict[str, Any]) -> Table:
     entropy = report["unigram_entropy"]
     known = f"unigram entropy {entropy:.3f} nats a token" if entropy is not None else "no held-out split"
     result = Table(box=None, caption=f"vocabulary {report['vocabulary']:,} · {known}", caption_justify="left")
-    result.add_column("source", no_wrap=True, min_width=40)
+    result.add_column("source", no_wrap=True, min_width=34)
     for name in ("documents", "characters", "train\ntokens", "held-out\ntokens"):
         result.add_column(name, justify="right")
     for source in report["sources"]:
@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> Table:
         for repair, count in source["repaired"].items():
             result.add_row(f"  {repair}", f"{count:,}")
         for rule, entry in source["removed"].items():
-            result.add_row(f"  left out: {rule}", f"−{entry['documents']:,}", f"−{entry['characters']:,}")
+            result.add_row(f"  {rule}", f"−{entry['documents']:,}", f"−{entry['characters']:,}")
         if train["unknown_tokens"] or held_out["unknown_tokens"]:
             unknown = (f"{split['unknown_tokens']:,}" for split in (train, held_out))
             result.add_row("  text that the vocabulary cannot express", "", "", *unknown)

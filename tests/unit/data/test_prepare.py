@@ -197,7 +197,7 @@ def test_removals_are_counted_by_rule_with_examples(base, config):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(table(prepared.report))
     shown = console.export_text()
-    assert "left out: near duplicate" in shown
+    assert "near duplicate" in shown
     assert "unigram entropy" in shown
 
 
