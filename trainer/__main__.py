@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
-from trainer.config.resolve import Device, Precision
+from trainer.config.resolve import Device, Precision, choose_device, choose_precision
 from trainer.config.schema import RunConfig
 from trainer.errors import SUPERVISED, ExitCode, LaunchError, RunDirectoryError, RunHaltedError, TrimtabError
 from trainer.records import Outcome
@@ -50,8 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 def _start(files: RunFiles, stop: StopRequest) -> int:
     quieten()
     config = read_run_config(files.root)
-    device = choose_device(config)
-    precision = choose_precision(config, device)
+    device, precision = settle(config)
     from trainer.engine.ranks import join, leave
 
     ranks = join(device)
@@ -90,34 +89,22 @@ def orderly(exit_code: int) -> int:
     return ExitCode.COMPLETED if SUPERVISED in os.environ else exit_code
 
 
-def choose_device(config: RunConfig) -> Device:
-    """GPUs where every rank of this node can have one.
+def settle(config: RunConfig) -> tuple[Device, Precision]:
+    """What `auto` means on this node.
 
     Raises:
-        LaunchError: GPUs are asked for and there are not enough.
+        LaunchError: GPUs are asked for and there is not one for each rank.
     """
     if config.cluster.device == "cpu":
-        return "cpu"
+        return "cpu", choose_precision(config, "cpu", has_bf16=False)
     import torch
 
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = choose_device(config, num_gpus)
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.ranks_per_node))
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= wanted:
-        return "cuda"
-    if config.cluster.device == "cuda":
-        raise LaunchError(f"{wanted} ranks on this node need a GPU each, and there are {found}; lower the ranks")
-    return "cpu"
-
-
-def choose_precision(config: RunConfig, device: Device) -> Precision:
-    """What `auto` means here: bf16 on GPUs that have it, fp32 elsewhere."""
-    if config.precision != "auto":
-        return config.precision
-    if device == "cpu":
-        return "fp32"
-    import torch
-
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device == "cuda" and num_gpus < wanted:
+        raise LaunchError(f"{wanted} ranks on this node need a GPU each, and there are {num_gpus}; lower the ranks")
+    return device, choose_precision(config, device, device == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def set_threads(files: RunFiles, config: RunConfig) -> None:

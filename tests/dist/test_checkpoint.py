@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import RankFailedError, RankPool
-from workload import make_batch, make_config, make_engine, weights
+from workload import OTHER_SETTINGS, make_batch, make_config, make_engine, weights
 
 from trainer.checkpoint.assemble import whole_parameters
 from trainer.checkpoint.manifest import Manifest
@@ -70,10 +70,17 @@ def interrupted(rank: int, world_size: int, config: RunConfig, folder: Path) -> 
     return expected, weights(fresh), losses[3:], resumed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resumes_with_the_same_bits(two_ranks: RankPool, tmp_path: Path, stage: int, precision: str) -> None:
-    config = make_config(zero={"stage": stage}, precision=precision)
+EVERY_SETTING = [
+    *(pytest.param({"stage": stage}, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")),
+    *OTHER_SETTINGS,
+]
+
+
+@pytest.mark.parametrize(("zero", "precision"), EVERY_SETTING)
+def test_resumes_with_the_same_bits(
+    two_ranks: RankPool, tmp_path: Path, zero: dict[str, Any], precision: str
+) -> None:
+    config = make_config(zero=zero, precision=precision)
     for expected, found, losses, resumed in two_ranks(interrupted, config=config, folder=tmp_path / "c"):
         assert losses == resumed
         for name in expected:
@@ -84,7 +91,8 @@ def test_resumes_with_the_same_bits(two_ranks: RankPool, tmp_path: Path, stage: 
         if name in exported:
             precise = exported[name].numpy()
             assert precise.shape == value.shape
-            np.testing.assert_allclose(precise, value, rtol=1e-2 if precision == "bf16" else 0)
+            tolerance = 0 if precision == "fp32" else 1e-2
+            np.testing.assert_allclose(precise, value, rtol=tolerance, atol=tolerance * 1e-2)
 
 
 def save_steps(rank: int, world_size: int, config: RunConfig, folder: Path, steps: list[int]) -> None:

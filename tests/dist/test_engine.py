@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pool import RankPool
 from workload import (
+    OTHER_SETTINGS,
     global_batch,
     make_batch,
     make_config,
@@ -120,10 +121,15 @@ def bare_loop(rank: int, world_size: int, config: RunConfig, steps: int) -> dict
     return weights(View)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_same_bits_as_a_bare_deepspeed_loop(two_ranks: RankPool, stage: int, precision: str) -> None:
-    config = make_config(zero={"stage": stage}, precision=precision)
+EVERY_SETTING = [
+    *(pytest.param({"stage": stage}, precision) for stage in STAGES for precision in ("fp32", "bf16")),
+    *OTHER_SETTINGS,
+]
+
+
+@pytest.mark.parametrize(("zero", "precision"), EVERY_SETTING)
+def test_the_same_bits_as_a_bare_deepspeed_loop(two_ranks: RankPool, zero: dict[str, Any], precision: str) -> None:
+    config = make_config(zero=zero, precision=precision)
     ours = two_ranks(train, config=config, steps=6)[0]["weights"]
     theirs = two_ranks(bare_loop, config=config, steps=6)[0]
     assert ours.keys() == theirs.keys()
@@ -155,10 +161,9 @@ def train_without(
     return weights(engine)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_discarded_batch_was_never_seen(two_ranks: RankPool, stage: int, precision: str) -> None:
-    config = make_config(zero={"stage": stage}, precision=precision)
+@pytest.mark.parametrize(("zero", "precision"), EVERY_SETTING)
+def test_a_discarded_batch_was_never_seen(two_ranks: RankPool, zero: dict[str, Any], precision: str) -> None:
+    config = make_config(zero=zero, precision=precision)
     arguments = {"config": config, "steps": 6, "discarded": (0, 3)}
     with_veto = two_ranks(train_with_discards, **arguments)[0]
     without = two_ranks(train_without, **arguments)[0]

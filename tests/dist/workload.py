@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,3 +158,20 @@ def weights(engine: Engine) -> dict[str, np.ndarray]:
     )
     with gathered:
         return {name: p.detach().float().numpy().copy() for name, p in parameters.items()}
+
+
+FP16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU cannot compute in fp16")
+
+OTHER_SETTINGS = [
+    pytest.param({"stage": stage, "offload": offload}, precision, marks=[FP16] if precision == "fp16" else [])
+    for stage, offload, precision in (
+        (1, "optimizer", "fp32"),
+        (2, "optimizer", "bf16"),
+        (3, "optimizer", "fp32"),
+        (3, "all", "bf16"),
+        (1, "none", "fp16"),
+        (2, "none", "fp16"),
+        (3, "none", "fp16"),
+    )
+]
+"""Offload, and fp16 with its loss scale: what the tests of stage × precision leave out."""

@@ -14,9 +14,9 @@ owns, and for each a 1-D view of its gradient and of its fp32 master weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -154,14 +154,56 @@ class ReplicatedShards(Shards):
                 parameter.data.copy_(master.data)
 
 
-class PartitionedShards(Shards):
+class ZeroShards(Shards):
+    """What ZeRO 1, 2 and 3 have in common: flat fp32 partitions, with an optimizer of their own."""
+
+    def __init__(self, engine: Any, offloaded: bool):
+        self._zero = engine.optimizer
+        self._offloaded = offloaded
+        self._place: list[tuple[int, int]] = []
+        """(group, position in the group) of each fragment's gradient."""
+
+    @property
+    @abstractmethod
+    def _partitions(self) -> list[Tensor]:
+        """The flat fp32 partitions that the inner optimizer knows."""
+
+    @abstractmethod
+    def _reduced(self) -> Mapping[int, Sequence[Tensor]]:
+        """Gradients by group and position; they may be padded at their end."""
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        result: torch.optim.Optimizer = self._zero.optimizer
+        return result
+
+    def gradients(self) -> list[Tensor]:
+        if self._offloaded:
+            flats = [cast(Tensor, partition.grad) for partition in self._partitions]
+            return [
+                flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments
+            ]
+        reduced = self._reduced()
+        return [
+            reduced[group][position].view(-1).narrow(0, 0, fragment.num_elements)
+            for (group, position), fragment in zip(self._place, self.fragments, strict=True)
+        ]
+
+    def flats(self) -> list[Tensor]:
+        return [partition.detach() for partition in self._partitions]
+
+    def optimizer_state(self, flat: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.inner.state[self._partitions[flat]]
+        return state
+
+
+class PartitionedShards(ZeroShards):
     """ZeRO 1 and 2: one flat fp32 partition a parameter group; a parameter may continue on the next rank."""
 
     def __init__(self, engine: Any, names: Sequence[str]):
-        self._zero = engine.optimizer
+        super().__init__(engine, engine.optimizer.cpu_offload)
         index_of = {id(parameter): index for index, parameter in enumerate(_trainable(engine))}
         fragments: list[Fragment] = []
-        self._place: list[tuple[int, int]] = []
         for group, parameters in enumerate(self._zero.params_in_partition):
             for position, parameter in enumerate(parameters):
                 mapping = parameter._hp_mapping
@@ -181,30 +223,28 @@ class PartitionedShards(Shards):
         self.fragments = tuple(fragments)
 
     @property
-    def inner(self) -> torch.optim.Optimizer:
-        result: torch.optim.Optimizer = self._zero.optimizer
-        return result
+    def _partitions(self) -> list[Tensor]:
+        partitions: list[Tensor] = self._zero.single_partition_of_fp32_groups
+        return partitions
 
-    def gradients(self) -> list[Tensor]:
-        if self._zero.cpu_offload:
-            self._zero._wait_for_offload_copies()
-            flats = [master.grad for master in self._zero.single_partition_of_fp32_groups]
-            return [
-                flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments
-            ]
-        listed = {
+    def _reduced(self) -> Mapping[int, Sequence[Tensor]]:
+        return {
             group: [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             for group, gradients in self._zero.averaged_gradients.items()
             if gradients is not None
         }
-        return [listed[group][position].view(-1) for group, position in self._place]
+
+    def gradients(self) -> list[Tensor]:
+        if self._offloaded:
+            self._zero._wait_for_offload_copies()
+        return super().gradients()
 
     def clear(self) -> None:
         zero = self._zero
         zero.micro_step_id = -1
         zero.zero_grad(set_to_none=True)
         zero._release_preflattened_grad_buffers()
-        if zero.cpu_offload:
+        if self._offloaded:
             zero._offload_accumulated_param_ids = set()
             zero.reset_cpu_buffers()
         else:
@@ -212,25 +252,17 @@ class PartitionedShards(Shards):
                 zero.averaged_gradients[group] = None
                 zero.all_grad_tensors[group] = None
 
-    def flats(self) -> list[Tensor]:
-        return [master.detach() for master in self._zero.single_partition_of_fp32_groups]
-
-    def optimizer_state(self, flat: int) -> dict[str, Any]:
-        state: dict[str, Any] = self.inner.state[self._zero.single_partition_of_fp32_groups[flat]]
-        return state
-
     def publish(self) -> None:
         self._zero.update_lp_params()
 
 
-class WeightShards(Shards):
+class WeightShards(ZeroShards):
     """ZeRO 3: every parameter is cut into equal parts, one a rank, the last padded."""
 
     def __init__(self, engine: Any, names: Sequence[str], rank: int):
-        self._zero = engine.optimizer
+        super().__init__(engine, engine.optimizer.offload_optimizer)
         index_of = {id(parameter): index for index, parameter in enumerate(_trainable(engine))}
         fragments: list[Fragment] = []
-        self._place: list[tuple[int, int]] = []
         for sub_group, parameters in enumerate(self._zero.fp16_groups):
             offset = 0
             for position, parameter in enumerate(parameters):
@@ -255,38 +287,23 @@ class WeightShards(Shards):
         self.fragments = tuple(fragments)
 
     @property
-    def inner(self) -> torch.optim.Optimizer:
-        result: torch.optim.Optimizer = self._zero.optimizer
-        return result
+    def _partitions(self) -> list[Tensor]:
+        partitions: list[Tensor] = self._zero.fp32_partitioned_groups_flat
+        return partitions
 
-    def gradients(self) -> list[Tensor]:
-        if self._zero.offload_optimizer:
-            flats = [master.grad for master in self._zero.fp32_partitioned_groups_flat]
-            return [
-                flats[fragment.flat].narrow(0, fragment.offset, fragment.num_elements) for fragment in self.fragments
-            ]
-        averaged = self._zero.averaged_gradients
-        return [
-            averaged[sub_group][position].view(-1).narrow(0, 0, fragment.num_elements)
-            for (sub_group, position), fragment in zip(self._place, self.fragments, strict=True)
-        ]
+    def _reduced(self) -> Mapping[int, Sequence[Tensor]]:
+        reduced: Mapping[int, Sequence[Tensor]] = self._zero.averaged_gradients
+        return reduced
 
     def clear(self) -> None:
         zero = self._zero
         # the next backward pass copies into the partition buffers instead of adding to them
         zero.zero_grad(set_to_none=True)
         zero._offload_boundary_param_ids = set()
-        if zero.offload_optimizer:
+        if self._offloaded:
             zero.reset_cpu_buffers()
         else:
             zero.averaged_gradients = {}
-
-    def flats(self) -> list[Tensor]:
-        return [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
-
-    def optimizer_state(self, flat: int) -> dict[str, Any]:
-        state: dict[str, Any] = self.inner.state[self._zero.fp32_partitioned_groups_flat[flat]]
-        return state
 
     def publish(self) -> None:
         zero = self._zero
