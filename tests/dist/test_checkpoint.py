@@ -54,6 +54,9 @@ def advance(engine: Engine, config: RunConfig, rank: int, world_size: int, first
 def interrupted(rank: int, world_size: int, config: RunConfig, folder: Path) -> Any:
     """Six steps without a stop; and the same with a checkpoint after three, read by a new engine."""
     whole = make_engine(config, rank, world_size, dropout=0.2)
+    if config.precision == "fp16":
+        # as after overflows: not what a fresh engine begins with
+        whole.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**10
     losses = advance(whole, config, rank, world_size, 0, 3)
     store = store_of(whole, folder, rank, world_size)
     store.save(read_state(whole), lambda: manifest(whole, config, 3, world_size))
@@ -66,6 +69,7 @@ def interrupted(rank: int, world_size: int, config: RunConfig, folder: Path) -> 
     read, (tensors, numbers) = store.load(newest)
     write_state(fresh, tensors, numbers)
     resumed = advance(fresh, config, rank, world_size, read.step, 6)
+    assert fresh.loss_scale == whole.loss_scale
     store.save(read_state(fresh), lambda: manifest(fresh, config, 6, world_size))
     return expected, weights(fresh), losses[3:], resumed
 
