@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 BLOCK = 4
 """Steps in one turn."""
 SAMPLES, MICRO, LENGTH = 16, 4, 256
+SHORT = "TRIMTAB_BENCHMARK_SHORT"
+"""Set for a model so small that a step is mostly the loop itself."""
 
 
 def make_config(folder: Path, stage: int) -> Any:
@@ -41,7 +43,7 @@ def make_config(folder: Path, stage: int) -> Any:
             "precision": "fp32",
             "data": {
                 "sources": ({"stdlib": True},),
-                "tokenizer": {"train": {"vocabulary": 4096}},
+                "tokenizer": {"train": {"vocabulary": 512 if SHORT in os.environ else 4096}},
                 "sequence_length": LENGTH,
                 "prepared": str(folder / "data"),
                 "boundaries": "join",
@@ -49,9 +51,9 @@ def make_config(folder: Path, stage: int) -> Any:
             "model": {
                 "config": {
                     "model_type": "llama",
-                    "hidden_size": 256,
-                    "intermediate_size": 704,
-                    "num_hidden_layers": 4,
+                    "hidden_size": 32 if SHORT in os.environ else 256,
+                    "intermediate_size": 64 if SHORT in os.environ else 704,
+                    "num_hidden_layers": 2 if SHORT in os.environ else 4,
                     "num_attention_heads": 4,
                     "max_position_embeddings": LENGTH,
                     "tie_word_embeddings": True,
@@ -300,8 +302,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help=f"blocks of {BLOCK} steps for each contestant")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/throughput.md")
+    parser.add_argument("--short", action="store_true", help="a tiny model: steps that are mostly the loop itself")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.short:
+        os.environ[SHORT] = "1"
     if options.rank_in:
         rank_main(options.rank_in, options.rounds)
         return
@@ -314,10 +319,12 @@ def main() -> None:
     print(table)
     if options.write:
         machine = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, 2 ranks, fp32"
-        work = f"3.7 M parameters, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} turns of {BLOCK} steps"
-        command = "python benchmarks/throughput.py --write"
+        model = "a tiny model" if options.short else "3.7 M parameters"
+        work = f"{model}, {SAMPLES} × {LENGTH} tokens a step, {options.rounds} turns of {BLOCK} steps"
+        command = "python benchmarks/throughput.py --write" + (" --short" if options.short else "")
         text = f"# Throughput\n\n{machine}, {work}.\nCommand: `{command}`.\n\n{table}\n"
-        (ROOT / "benchmarks/results/throughput.md").write_text(text)
+        name = "throughput-short.md" if options.short else "throughput.md"
+        (ROOT / "benchmarks/results" / name).write_text(text)
 
 
 if __name__ == "__main__":

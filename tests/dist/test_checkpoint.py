@@ -119,7 +119,7 @@ def load(rank: int, world_size: int, folder: Path, replicated: bool) -> str:
 
 
 def test_keeps_the_newest_and_forgets_the_rest(two_ranks: RankPool, tmp_path: Path) -> None:
-    two_ranks(save_steps, config=make_config(), folder=tmp_path, steps=[1, 2, 3])
+    two_ranks(save_steps, config=make_config(), folder=tmp_path, steps=[1, 2, 3, 3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 

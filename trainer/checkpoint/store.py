@@ -120,11 +120,14 @@ class CheckpointStore:
         _sync(path)
         _sync(partial)
         target = self.folder / name
+        replaced = self.folder / f"{name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
-            # the same step again, after a resume from an earlier one: its content is the same
-            shutil.rmtree(target)
+            # the same step again, after a resume from an earlier one
+            target.rename(replaced)
         partial.rename(target)
         _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         for step in committed_steps(self.folder)[: -self._keep]:
             shutil.rmtree(self.folder / name_of(step))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from trainer.config.schema import GuardConfig
 from trainer.records import FloatArray, Halt, Skip, Step, StepStats, Verdict
@@ -48,12 +48,8 @@ class Guard:
         # DeepSpeed refuses this step itself and lowers the loss scale, which a discarded gradient would not
         return Step(self._clip) if searching else Skip(reason)
 
-    def state(self) -> Mapping[str, int]:
-        """What a checkpoint must hold to go on with the same verdicts."""
-        return {"consecutive_skips": self.consecutive_skips}
-
     def restore(self, consecutive_skips: int) -> None:
-        """Take back what :meth:`state` gave."""
+        """Go on from the `consecutive_skips` that a checkpoint holds."""
         self.consecutive_skips = consecutive_skips
 
     def _describe(self, stats: StepStats) -> str:

@@ -79,9 +79,9 @@ class Pretraining:
         self.quarantine = Quarantine(config.data.exclude_batches)
         self.engine = _build_engine(setting, self.numbers)
         self.guard = Guard(config.guard, clip=config.optim.clip, parameter_names=self.engine.names)
+        self.newest_checkpoint: str | None = None
         self.progress = Progress(self._resume())
         self.telemetry = self._open_telemetry()
-        self.newest_checkpoint: str | None = None
 
     def run(self) -> Ending:
         """Train to the end or until asked to stop."""
@@ -142,6 +142,7 @@ class Pretraining:
                 f"{newest} was trained on other data; restore the data, or set data.accept_changed=true"
             )
         write_state(self.engine, tensors, numbers)
+        self.newest_checkpoint = f"checkpoints/{newest.name}"
         self.guard.restore(manifest.consecutive_skips)
         for first, last in manifest.quarantine:
             self.quarantine = self.quarantine.with_range(first, last)

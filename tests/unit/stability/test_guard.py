@@ -64,7 +64,7 @@ def test_skips_in_a_row_end_in_a_halt_and_one_good_step_starts_the_count_anew() 
 def test_the_count_survives_a_checkpoint() -> None:
     guard, later = make_guard(max_skips=1), make_guard(max_skips=1)
     guard.judge(make_stats(grad_norm=math.nan))
-    later.restore(**guard.state())
+    later.restore(guard.consecutive_skips)
     assert isinstance(later.judge(make_stats(grad_norm=math.nan)), Halt)
 
 
