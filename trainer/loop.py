@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from trainer.config.schema import RunConfig
@@ -137,8 +137,3 @@ def upkeep(parts: Parts, position: Position, saved_step: int) -> int:
             return saved_step
         return position.step
     return saved_step
-
-
-def resumed(position: Position, attempts_in_ledger: int) -> Position:
-    """The position of a checkpoint, with attempts counted on from what the ledger has seen since."""
-    return replace(position, attempt=max(position.attempt, attempts_in_ledger))

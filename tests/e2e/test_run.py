@@ -121,19 +121,25 @@ def test_interrupted_by_a_signal_it_goes_on_with_the_same_bits(prepared: Workspa
     assert "complete" in output
 
 
-def test_killed_without_warning_it_goes_on_with_the_same_bits(prepared: Workspace, uninterrupted: Workspace) -> None:
-    process = prepared.start(sys.executable, "-m", "launcher.cli", "run", "config.yaml")
-    wait_for_step(process, prepared.run_dir("small"), 14)
+@pytest.mark.parametrize(("every", "step", "checkpoint"), [(1000, 4, 0), (10, 14, 10)])
+def test_killed_without_warning_it_goes_on_with_the_same_bits(
+    prepared: Workspace, uninterrupted: Workspace, every: int, step: int, checkpoint: int
+) -> None:
+    command = ("run", "config.yaml", f"checkpoint.every={every}")
+    process = prepared.start(sys.executable, "-m", "launcher.cli", *command)
+    wait_for_step(process, prepared.run_dir("small"), step)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
     psutil.wait_procs(family, timeout=30)
     process.communicate()
-    code, output = prepared.trimtab("run", "config.yaml")
+    code, output = prepared.trimtab(*command)
     assert code == 0, output
     assert prepared.final_state("small") == uninterrupted.final_state("small")
-    starts = [record for record in prepared.ledger("small") if record["kind"] == "start"]
-    assert [start["resumed_step"] for start in starts] == [0, 10]
+    records = prepared.ledger("small")
+    assert [record["resumed_step"] for record in records if record["kind"] == "start"] == [0, checkpoint]
+    attempts = [int(str(record["attempt"])) for record in records if record["kind"] == "attempt"]
+    assert attempts == sorted(set(attempts)), "an attempt has its number for ever"
 
 
 def test_one_rank_is_a_run_too(prepared: Workspace) -> None:

@@ -6,8 +6,9 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from trainer.engine.ranks import Ranks
 from trainer.engine.state import read_state, write_state
 from trainer.engine.zero import Engine, Penalty
 from trainer.errors import CheckpointError, ExitCode, TrimtabError
-from trainer.loop import Ending, Parts, Progress, resumed, train
+from trainer.loop import Ending, Parts, Progress, train
 from trainer.model.build import build_model
 from trainer.model.groups import parameter_groups
 from trainer.objectives.objective import make_objective
@@ -131,13 +132,18 @@ class Pretraining:
 
     def _resume(self) -> Position:
         newest = self.store.newest()
-        if newest is None:
-            return Position()
+        position = Position() if newest is None else self._load(newest)
+        # the ledger may have seen attempts after the checkpoint, or before the first; rank 0 reads it for all
+        box = [next_attempt(self.setting.files.root, position) - 1 if self.setting.ranks.is_first else 0]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return replace(position, attempt=box[0])
+
+    def _load(self, newest: Path) -> Position:
         manifest, (tensors, numbers) = self.store.load(newest)
-        expected = (fingerprint(self.setting.config), self.setting.prepared.fingerprint)
-        if manifest.config_fingerprint != expected[0]:
+        config, data = fingerprint(self.setting.config), self.setting.prepared.fingerprint
+        if manifest.config_fingerprint != config:
             raise CheckpointError(f"{newest} belongs to another config; use another name, or the config it began with")
-        if manifest.data_fingerprint != expected[1] and not self.setting.config.data.accept_changed:
+        if manifest.data_fingerprint != data and not self.setting.config.data.accept_changed:
             raise CheckpointError(
                 f"{newest} was trained on other data; restore the data, or set data.accept_changed=true"
             )
@@ -146,11 +152,7 @@ class Pretraining:
         self.guard.restore(manifest.consecutive_skips)
         for first, last in manifest.quarantine:
             self.quarantine = self.quarantine.with_range(first, last)
-        position = Position(step=manifest.step, attempt=manifest.attempt, next_batch=manifest.next_batch)
-        # the ledger may have seen attempts after this checkpoint; rank 0 reads it for all
-        box = [next_attempt(self.setting.files.root, position) - 1 if self.setting.ranks.is_first else 0]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return resumed(position, box[0])
+        return Position(step=manifest.step, attempt=manifest.attempt, next_batch=manifest.next_batch)
 
     def _open_telemetry(self) -> Recorder:
         setting, config = self.setting, self.setting.config
