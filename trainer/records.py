@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +127,6 @@ class Outcome:
     checkpoint: str | None
     """Name of the newest committed checkpoint directory, relative to the run directory."""
     held_out_loss: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def make_engine(config: RunConfig, rank: int, world_size: int, *, dropout: float
         config=config,
         numbers=arithmetic(config, world_size),
         parameters=facts,
-        ranks=Ranks(rank, world_size, rank, "torch"),
+        ranks=Ranks(rank, world_size, rank),
         device="cpu",
         precision=precision,
         **options,

@@ -20,8 +20,6 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
-    launcher: str
-    """torch (torchrun, accelerate, deepspeed) · slurm · single"""
 
     @property
     def is_first(self) -> bool:
@@ -56,10 +54,10 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[Ranks, dict[str, str]]:
             raise LaunchError(f"{name} is {environment[name]!r}, not a number; use a launcher") from None
 
     if "RANK" in environment:
-        ranks = Ranks(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), "torch")
+        ranks = Ranks(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"))
         missing: dict[str, str] = {}
     elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        ranks = Ranks(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"), "slurm")
+        ranks = Ranks(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"))
         missing = {
             "RANK": str(ranks.rank),
             "WORLD_SIZE": str(ranks.world_size),
@@ -72,7 +70,7 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[Ranks, dict[str, str]]:
             # all ranks must derive the same port without talking; jobs beside each other get different ones
             missing["MASTER_PORT"] = str(20_000 + number("SLURM_JOB_ID") % 20_000)
     else:
-        ranks = Ranks(0, 1, 0, "single")
+        ranks = Ranks(0, 1, 0)
         missing = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -29,7 +29,7 @@ def test_no_host_is_refused() -> None:
 
 def test_torch_variables_need_nothing_more() -> None:
     ranks, missing = read_ranks({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "9"})
-    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.launcher) == (3, 4, 1, "torch")
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
     assert missing == {}
 
 
@@ -53,7 +53,7 @@ def test_srun_variables_are_completed_alike_on_all_ranks() -> None:
 def test_a_batch_script_without_srun_is_one_process() -> None:
     """sbatch sets SLURM_PROCID=0 for the script itself, but no step: it must not wait for other tasks."""
     ranks, missing = read_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "5"})
-    assert (ranks.world_size, ranks.launcher) == (1, "single")
+    assert (ranks.rank, ranks.world_size) == (0, 1)
     assert missing["WORLD_SIZE"] == "1"
 
 

@@ -131,7 +131,7 @@ def test_a_completed_run_says_so(tmp_path: Path, config_file: Path) -> None:
     root = begin(config_file)
     outcome = {
         "reason": "completed", "exit_code": 0, "message": "trained 10 steps", "step": 10, "steps": 10,
-        "checkpoint": None, "held_out_loss": 2.25, "details": {},
+        "checkpoint": None, "held_out_loss": 2.25,
     }  # fmt: skip
     (root / "outcome.json").write_text(json.dumps(outcome))
     (root / "tensorboard").mkdir()

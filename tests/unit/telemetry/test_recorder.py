@@ -184,7 +184,6 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
             "steps": 10,
             "checkpoint": "checkpoints/step-00000010",
             "held_out_loss": None,
-            "details": {},
         },
     ]
     (start,) = records(tmp_path, "start")
