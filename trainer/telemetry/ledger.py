@@ -29,6 +29,8 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ESCAPE = "~"
 _BLOCK_BYTES = 1 << 16
 _POLL_SECONDS = 0.2
+_OF_A_STEP = ("attempt", "weights", "evaluation")
+_LEVELS = {"examined": "info", "recovered": "info", "halted": "error"}
 
 
 def encode(record: Record) -> bytes:
@@ -129,38 +131,79 @@ def _record_of(line: bytes, number: int) -> Record | None:
 def standing(records: Iterable[Record], kind: str = "attempt") -> list[Record]:
     """The records of one kind that stand in the present weights, by step.
 
-    A `start` that resumed from step N supersedes what earlier starts recorded for steps > N. Attempts whose update was
-    not applied (skipped, overflowed) do not stand. Of two records of one step the later stands.
+    A `start` that resumed undoes all that came after the attempt of its checkpoint, rollbacks included. A `rewind`
+    takes back the steps after the one that it went to. Attempts whose update was not applied (skipped, overflowed) do
+    not stand. Of two records of one step the later stands.
     """
-    kept: dict[int, Record] = {}
+    history: list[tuple[int, Record]] = []
+    attempt = 0
     for record in records:
+        attempt = record.get("attempt", attempt)
         if record["kind"] == "start":
-            kept = {step: earlier for step, earlier in kept.items() if step <= record["resumed_step"]}
-        elif record["kind"] == kind and record.get("applied", True):
+            step, limit = record["resumed_step"], record.get("resumed_attempt", math.inf)
+            history = [
+                (at, earlier)
+                for at, earlier in history
+                if at <= limit and (earlier["kind"] == "rewind" or earlier["step"] <= step)
+            ]
+        elif record["kind"] == "rewind" or (record["kind"] == kind and record.get("applied", True)):
+            history.append((attempt, record))
+    kept: dict[int, Record] = {}
+    for _, record in history:
+        if record["kind"] == "rewind":
+            kept = {step: earlier for step, earlier in kept.items() if step <= record["to_step"]}
+        else:
             kept[record["step"]] = record
     return [kept[step] for step in sorted(kept)]
 
 
 def surviving(path: Path) -> Iterator[Record]:
-    """The records of a ledger without those of steps that a later start did again; attempts not applied are kept.
+    """The records of a ledger without those of steps that were done again, after a resume or a rollback. Attempts that
+    were not applied are kept where the step that they tried stands; the rollbacks of the run's history are kept.
 
     Reads the file twice rather than hold it in memory.
 
     Raises:
         RunDirectoryError: there is no ledger at `path`.
     """
-    resumed = {record["start"]: record["resumed_step"] for record in read_ledger(path) if record["kind"] == "start"}
-    limits: dict[int, float] = {}
-    limit = math.inf
+    resumed: dict[int, Record] = {}
+    rewinds: list[tuple[int, Record]] = []
+    for number, record in enumerate(read_ledger(path)):
+        if record["kind"] == "start":
+            resumed[record["start"]] = record
+        elif record["kind"] == "rewind":
+            rewinds.append((number, record))
+    limits: dict[int, tuple[float, float]] = {}
+    last_step = last_attempt = math.inf
     for start in sorted(resumed, reverse=True):
-        limits[start] = limit
-        limit = min(limit, resumed[start])
+        limits[start] = last_step, last_attempt
+        last_step = min(last_step, resumed[start]["resumed_step"])
+        last_attempt = min(last_attempt, resumed[start].get("resumed_attempt", math.inf))
 
-    def stands(record: Record) -> bool:
-        of_a_step = record["kind"] in ("attempt", "weights", "evaluation")
-        return not of_a_step or record["step"] <= limits.get(record["start"], math.inf)
+    def in_history(record: Record, attempt: int) -> bool:
+        return attempt <= limits.get(record["start"], (math.inf, math.inf))[1]
 
-    return filter(stands, read_ledger(path))
+    # the lowest step that a later rollback went to, by how many of the rollbacks were passed
+    rewinds = [(number, record) for number, record in rewinds if in_history(record, record["attempt"])]
+    floors = [math.inf]
+    for _, record in reversed(rewinds):
+        floors.insert(0, min(floors[0], record["to_step"]))
+
+    def survivors() -> Iterator[Record]:
+        attempt = passed = 0
+        for number, record in enumerate(read_ledger(path)):
+            attempt = record.get("attempt", attempt)
+            while passed < len(rewinds) and rewinds[passed][0] <= number:
+                passed += 1
+            if record["kind"] in _OF_A_STEP:
+                highest = min(limits.get(record["start"], (math.inf, math.inf))[0], floors[passed])
+                if record["step"] > highest or not in_history(record, attempt):
+                    continue
+            elif record["kind"] == "rewind" and not in_history(record, attempt):
+                continue
+            yield record
+
+    return survivors()
 
 
 def notice(record: Record) -> tuple[str, str] | None:
@@ -168,16 +211,47 @@ def notice(record: Record) -> tuple[str, str] | None:
     match record["kind"]:
         case "message":
             return record["level"], record["text"]
+        case "incident":
+            level = _LEVELS.get(record["phase"], "warning")
+            return level, f"{of_incident(record)}{record['phase'].replace('notice', 'guard')}: {record['text']}"
+        case "rewind":
+            return "warning", _rewound(record)
         case "attempt" if not record["applied"]:
-            reason = record["reason"] or f"the update overflowed at loss scale {record['loss_scale']:g}"
-            verb = "halted at" if record["verdict"] == "halt" else "skipped"
-            return "warning", f"{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
+            return _not_applied(record)
         case "attempt" if not record["agree"]:
             return "error", f"the ranks disagree about the decision before attempt {record['attempt']}"
         case "outcome":
             level = "info" if record["reason"] in ("completed", "stopped") else "error"
             return level, f"{record['reason']}: {record['message']}"
     return None
+
+
+def of_incident(record: Record) -> str:
+    """What a line about an incident begins with; empty where the record belongs to none."""
+    return f"incident {record['incident']} · " if record.get("incident") else ""
+
+
+def batches(first: int, last: int) -> str:
+    """A range of batches in words."""
+    return f"batch {first}" if first == last else f"batches {first}–{last}"
+
+
+def _rewound(record: Record) -> str:
+    ends = record["quarantine"]
+    left_out = "the same data again" if ends is None else f"{batches(*ends)} left out from now on"
+    return (
+        f"{of_incident(record)}rolled back from step {record['from_step']} to step {record['to_step']} "
+        f"({record['source']}, {record['seconds']:.2g} s), {left_out}: {record['reason']}"
+    )
+
+
+def _not_applied(record: Record) -> tuple[str, str] | None:
+    verdict = record["verdict"]
+    if verdict in ("replay", "rollback") and record.get("incident"):
+        return None  # the incident's own lines tell it
+    reason = record["reason"] or f"the update overflowed at loss scale {record['loss_scale']:g}"
+    verb = {"halt": "halted at", "replay": "computes once more", "rollback": "rolls back at"}.get(verdict, "skipped")
+    return "warning", f"{of_incident(record)}{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
 
 
 def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:
@@ -221,3 +295,9 @@ def last_start(path: Path) -> int:
     """How many times the run was started so far; 0 where it never was."""
     record = last_record(path, lambda record: record["start"] > 0)
     return 0 if record is None else int(record["start"])
+
+
+def last_incident(path: Path) -> int:
+    """Number of the newest incident in the ledger, also of one that a resume took back; 0: none."""
+    record = last_record(path, lambda record: record.get("incident", 0) > 0)
+    return 0 if record is None else int(record["incident"])

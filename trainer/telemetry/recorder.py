@@ -9,14 +9,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from trainer.config.schema import TelemetryConfig
-from trainer.records import FloatArray, Halt, Outcome, Position, Skip, Step, StepStats, Timing, Verdict
+from trainer.records import (
+    Examine,
+    FloatArray,
+    Halt,
+    IncidentEvent,
+    Outcome,
+    Position,
+    Replay,
+    Rewind,
+    Rollback,
+    Skip,
+    Step,
+    StepStats,
+    Structure,
+    Timing,
+    Verdict,
+)
 from trainer.telemetry.display import console_view
 from trainer.telemetry.ledger import FILE_NAME, Record, last_attempt, last_record, last_start
 from trainer.telemetry.tensorboard import FOLDER, TensorBoardView
 from trainer.telemetry.writer import Ledger, View, now
 
 Level = Literal["info", "warning", "error"]
+
+_NO_SCORES: Mapping[str, float] = {}
 
 _SIGNIFICANT_DIGITS = 5
 
@@ -47,9 +67,30 @@ class Recorder(Protocol):
     """What the loop sees."""
 
     def record_attempt(
-        self, stats: StepStats, verdict: Verdict, timing: Timing, lr: float, epoch: int, applied: bool
+        self,
+        stats: StepStats,
+        verdict: Verdict,
+        timing: Timing,
+        lr: float,
+        epoch: int,
+        applied: bool,
+        scores: Mapping[str, float] = _NO_SCORES,
+        incident: int = 0,
     ) -> None:
-        """One pass through the loop. `applied`: whether the update was carried out."""
+        """One pass through the loop. `applied`: whether the update was carried out. `scores`: what the guard's
+        channels measured, by name. `incident`: the one that is open (0: none)."""
+
+    def record_rewind(self, rewind: Rewind) -> None:
+        """A rollback that was carried out; after the attempt that asked for it."""
+
+    def record_incident(self, event: IncidentEvent) -> None:
+        """One line of an incident's timeline."""
+
+    def record_snapshot(self, step: int, seconds_blocked: float, num_bytes: int) -> None:
+        """A copy of the training state in memory; `seconds_blocked` that the loop stood still for it."""
+
+    def record_structure(self, step: int, structure: Structure) -> None:
+        """Norms of weights and updates, and how large logits are."""
 
     def record_weights(self, step: int, parameter_norms: FloatArray, update_ratios: FloatArray) -> None:
         """Norm of every parameter [parameters], and of its last update over that norm [parameters]."""
@@ -76,6 +117,18 @@ class NoTelemetry:
     def record_attempt(self, *_: object, **__: object) -> None:
         pass
 
+    def record_rewind(self, *_: object, **__: object) -> None:
+        pass
+
+    def record_incident(self, *_: object, **__: object) -> None:
+        pass
+
+    def record_snapshot(self, *_: object, **__: object) -> None:
+        pass
+
+    def record_structure(self, *_: object, **__: object) -> None:
+        pass
+
     def record_weights(self, *_: object, **__: object) -> None:
         pass
 
@@ -98,12 +151,13 @@ class NoTelemetry:
 class Telemetry:
     """Turns what the loop tells into ledger records. The methods only note their arguments; a thread does the work."""
 
-    def __init__(self, ledger: Ledger, start: int, norms_every: int, num_skipped: int, num_clipped: int, step: int):
+    def __init__(self, ledger: Ledger, start: int, norms_every: int, counts: Mapping[str, int], step: int):
+        """`counts`: what `COUNTS` names, so far in the run's history."""
         self._ledger = ledger
         self._start = start
         self._norms_every = norms_every
-        self._num_skipped = num_skipped
-        self._num_clipped = num_clipped
+        self._counts = dict(counts)
+        self._quarantined: set[int] = set()
         self._step = step
 
     @classmethod
@@ -118,15 +172,8 @@ class Telemetry:
         path = run_dir / FILE_NAME
         start = last_start(path) + 1
         position = resumed_from or Position()
-        before = _newest_standing(path, position.step)
-        telemetry = cls(
-            Ledger(path, _views(run_dir, config)),
-            start,
-            config.norms_every,
-            before["num_skipped"] if before else 0,
-            before["num_clipped"] if before else 0,
-            position.step,
-        )
+        counts = _counts_at(path, position.attempt)
+        telemetry = cls(Ledger(path, _views(run_dir, config)), start, config.norms_every, counts, position.step)
         telemetry._write(
             lambda: {
                 "kind": "start",
@@ -139,18 +186,30 @@ class Telemetry:
         return telemetry
 
     def record_attempt(
-        self, stats: StepStats, verdict: Verdict, timing: Timing, lr: float, epoch: int, applied: bool
+        self,
+        stats: StepStats,
+        verdict: Verdict,
+        timing: Timing,
+        lr: float,
+        epoch: int,
+        applied: bool,
+        scores: Mapping[str, float] = _NO_SCORES,
+        incident: int = 0,
     ) -> None:
-        clip = verdict.clip if isinstance(verdict, Step) else None
-        clipped = applied and clip is not None and 0 < clip < stats.grad_norm
-        self._num_skipped += not applied
-        self._num_clipped += clipped
+        accepted = verdict if isinstance(verdict, Step) else None
+        clipped = applied and accepted is not None and clips(accepted, stats.grad_norm)
+        quarantined = isinstance(verdict, Skip) and verdict.quarantine
+        self._counts["num_skipped"] += not applied
+        self._counts["num_clipped"] += clipped
+        if quarantined:
+            self._leave_out(stats.batch_index, stats.batch_index)
         self._step = stats.step if applied else stats.step - 1
-        num_skipped, num_clipped = self._num_skipped, self._num_clipped
+        counts, scores = dict(self._counts), dict(scores)
         # an attempt that was not applied is evidence: it is always whole
         whole = stats.step % self._norms_every == 0 or not applied
         norms = stats.parameter_norms.copy() if whole else None
-        ranks = stats.rank_seconds.copy()
+        seconds = stats.ranks.seconds.copy()
+        losses, grad_norms = stats.ranks.losses.copy(), stats.ranks.grad_norms.copy()
 
         def make() -> Record:
             record: Record = {
@@ -165,13 +224,16 @@ class Telemetry:
                 "grad_norm": float(stats.grad_norm),
                 "nonfinite": stats.num_nonfinite,
                 "lr": float(lr),
+                "lr_scale": 1.0 if accepted is None else float(accepted.lr_scale),
                 "verdict": _VERDICTS[type(verdict)],
                 "reason": None if isinstance(verdict, Step) else verdict.reason,
-                "clip": clip,
+                "incident": incident,
+                "scores": dict(zip(scores, rounded(np.array(list(scores.values()), dtype=np.float64)), strict=True)),
+                "clip": None if accepted is None else accepted.clip,
                 "clipped": clipped,
                 "applied": applied,
-                "num_skipped": num_skipped,
-                "num_clipped": num_clipped,
+                "quarantined": quarantined,
+                **counts,
                 "seconds": timing.seconds,
                 "seconds_data": timing.seconds_data,
                 "tokens_per_second": timing.tokens_per_second,
@@ -180,24 +242,50 @@ class Telemetry:
                 "loss_scale": float(stats.loss_scale),
                 "stop_votes": stats.stop_votes,
                 "agree": stats.agree,
-                "rank_seconds": rounded(ranks),
+                "rank_seconds": rounded(seconds),
             }
+            if not applied:
+                record |= {"rank_losses": rounded(losses), "rank_grad_norms": rounded(grad_norms)}
             if norms is not None:
                 record["parameter_norms"] = rounded(norms)
             return record
 
         self._write(make)
 
-    def record_weights(self, step: int, parameter_norms: FloatArray, update_ratios: FloatArray) -> None:
-        norms, ratios = parameter_norms.copy(), update_ratios.copy()
+    def record_rewind(self, rewind: Rewind) -> None:
+        self._counts["num_rollbacks"] += 1
+        if rewind.quarantine is not None:
+            self._leave_out(*rewind.quarantine)
+        self._step = rewind.to_step
+        counts = dict(self._counts)
+        self._write(lambda: {"kind": "rewind", **asdict(rewind), **counts})
+
+    def record_incident(self, event: IncidentEvent) -> None:
+        fields = asdict(event)
+        fields["batch"] = fields.pop("batch_index")
+        fields["numbers"] = {name: float(value) for name, value in event.numbers.items()}
+        self._write(lambda: {"kind": "incident", **fields})
+
+    def record_snapshot(self, step: int, seconds_blocked: float, num_bytes: int) -> None:
+        fields = {"step": step, "seconds": seconds_blocked, "num_bytes": num_bytes}
+        self._write(lambda: {"kind": "snapshot", **fields})
+
+    def record_structure(self, step: int, structure: Structure) -> None:
+        attention, output = structure.attention_logits.copy(), float(structure.output_logits)
+        norms, ratios = structure.parameter_norms.copy(), structure.update_ratios.copy()
         self._write(
             lambda: {
                 "kind": "weights",
                 "step": step,
                 "parameter_norms": rounded(norms),
                 "update_ratios": rounded(ratios),
+                "attention_logits": rounded(attention),
+                "output_logits": output,
             }
         )
+
+    def record_weights(self, step: int, parameter_norms: FloatArray, update_ratios: FloatArray) -> None:
+        self.record_structure(step, Structure(np.zeros(0), math.nan, parameter_norms, update_ratios))
 
     def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
         fields = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}
@@ -218,6 +306,11 @@ class Telemetry:
         self._write(lambda: {"kind": "outcome", **asdict(outcome)})
         return self._ledger.close()
 
+    def _leave_out(self, first: int, last: int) -> None:
+        batches = set(range(first, last + 1)) - self._quarantined
+        self._quarantined |= batches
+        self._counts["num_quarantined"] += len(batches)
+
     def _write(self, make: Callable[[], Record]) -> None:
         time, start = now(), self._start
 
@@ -228,7 +321,24 @@ class Telemetry:
         self._ledger.write(stamped)
 
 
-_VERDICTS: Mapping[type, str] = {Step: "step", Skip: "skip", Halt: "halt"}
+_VERDICTS: Mapping[type, str] = {
+    Step: "step",
+    Skip: "skip",
+    Replay: "replay",
+    Examine: "examine",
+    Rollback: "rollback",
+    Halt: "halt",
+}
+
+COUNTS = ("num_skipped", "num_clipped", "num_rollbacks", "num_quarantined")
+"""Counts over the history that led to the present weights: attempts that were not applied, updates that were clipped,
+rollbacks, batches left out. A rollback does not take them back, since what it undid did happen; a start that resumes
+from a checkpoint does take back what came after the checkpoint, since that will happen again."""
+
+
+def clips(verdict: Step, grad_norm: float) -> bool:
+    """Whether carrying out the verdict makes the gradient smaller."""
+    return any(scale < 1 for scale in verdict.scales or ()) or 0 < verdict.clip < grad_norm
 
 
 def rounded(values: FloatArray) -> list[float]:
@@ -243,13 +353,10 @@ def next_attempt(run_dir: Path, resumed_from: Position | None) -> int:
     return 1 + max(last_attempt(run_dir / FILE_NAME), resumed_from.attempt if resumed_from else 0)
 
 
-def _newest_standing(path: Path, step: int) -> Record | None:
-    """The record of the attempt that became `step` in the present weights."""
-    if step == 0:
-        return None
-    return last_record(
-        path, lambda record: record["kind"] == "attempt" and record["applied"] and record["step"] <= step
-    )
+def _counts_at(path: Path, attempt: int) -> dict[str, int]:
+    """The counts as they stood after an attempt."""
+    newest = last_record(path, lambda record: "num_skipped" in record and record["attempt"] <= attempt)
+    return {name: newest.get(name, 0) if newest else 0 for name in COUNTS}
 
 
 def _views(run_dir: Path, config: TelemetryConfig) -> list[Callable[[], View]]:

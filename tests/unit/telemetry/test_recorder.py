@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.config.schema import TelemetryConfig
-from trainer.records import Halt, Outcome, Position, Skip, Step, StepStats, Timing, Verdict
+from trainer.records import Halt, Outcome, Position, RankStats, Skip, Step, StepStats, Timing, Verdict
 from trainer.telemetry.ledger import FILE_NAME, Record, read_ledger, standing
 from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt, rounded
 
@@ -41,7 +41,7 @@ def stats(attempt: int, step: int, grad_norm: float = 2.0, loss: float = 3.0) ->
         grad_norm=grad_norm,
         num_nonfinite=0,
         parameter_norms=np.array([grad_norm, 1 / 3, 0.0]),
-        rank_seconds=np.array([0.2, 0.3]),
+        ranks=RankStats(np.array([0.2, 0.3]), np.array([1.0, 2.0]), np.array([math.nan, 1.5])),
     )
 
 
@@ -72,13 +72,19 @@ def test_an_attempt_is_recorded_whole(tmp_path: Path) -> None:
         "grad_norm": 2.0,
         "nonfinite": 0,
         "lr": 1e-3,
+        "lr_scale": 1.0,
         "verdict": "step",
         "reason": None,
+        "incident": 0,
+        "scores": {},
         "clip": 1.0,
         "clipped": True,
         "applied": True,
+        "quarantined": False,
         "num_skipped": 0,
         "num_clipped": 1,
+        "num_rollbacks": 0,
+        "num_quarantined": 0,
         "seconds": 0.25,
         "seconds_data": 0.01,
         "tokens_per_second": 256.0,
