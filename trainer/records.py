@@ -43,6 +43,28 @@ class Batch:
     """Time that the consumer waited for this batch."""
 
 
+def _no_ranks() -> FloatArray:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """What each rank brought to an attempt, each [ranks]; tells whose hardware is at fault. Empty: not measured."""
+
+    seconds: FloatArray = field(default_factory=_no_ranks)
+    """That the rank computed for the *previous* attempt: who is slow."""
+    losses: FloatArray = field(default_factory=_no_ranks)
+    """The rank's share of the global mean loss: their sum is the loss."""
+    grad_norms: FloatArray = field(default_factory=_no_ranks)
+    """L2 norm of what the rank itself computed, before anything was reduced: √Σ over micro-batches of its squares."""
+    digests: FloatArray = field(default_factory=_no_ranks)
+    """Of the rank's previous decision and of its guard: equal on all ranks."""
+    checksums: FloatArray = field(default_factory=_no_ranks)
+    """Of the weights that all ranks hold alike; 0 where it was not taken on this attempt."""
+    impossible: FloatArray = field(default_factory=_no_ranks)
+    """Values in the rank's newest snapshot that training cannot have produced."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What all ranks know, equally, about one attempt before anything is applied."""
@@ -66,17 +88,35 @@ class StepStats:
     """Ranks that were asked to stop (signals)."""
     agree: bool = True
     """False when the ranks' digests of the previous decision differ."""
-    rank_seconds: FloatArray = field(default_factory=lambda: np.zeros(0))
-    """Seconds that each rank computed for the *previous* attempt, [ranks]: who is slow."""
+    ranks: RankStats = field(default_factory=RankStats)
+    """What each rank brought to it."""
     loss_scale: float = 1.0
     """fp16 loss scale in force; 1 otherwise. Norms and loss are already unscaled."""
 
 
 @dataclass(frozen=True, slots=True)
+class Examination:
+    """What forward passes without a gradient tell about an alarm that a replay reproduced; equal on all ranks."""
+
+    known: tuple[tuple[float, float], ...] = ()
+    """(loss then, loss now) of batches that were accepted lately: with unharmed weights they are about as well
+    predicted as before."""
+    sample_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Samples of the alarming batch, [global_batch]."""
+    sample_losses: FloatArray = field(default_factory=lambda: np.zeros(0))
+    """Mean loss of each of them, [global_batch], in nats a target."""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """Apply the update with the gradient clipped to this global norm (0: no clipping)."""
+    """Apply the update."""
 
     clip: float
+    """Largest global gradient norm (0: no clipping)."""
+    scales: tuple[float, ...] | None = None
+    """Factor ≤ 1 on the gradient of each parameter, before the global clipping (AdaGC); None: none."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate: cooled after a rollback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +124,35 @@ class Skip:
     """Drop this gradient; weights and step count stay."""
 
     reason: str
+    quarantine: bool = True
+    """Leave the batch out from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Drop this gradient and compute it once more from the same data with the same randomness."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examine:
+    """Drop this gradient and look closer, by forward passes, before deciding: `Guard.weigh` tells how it goes on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Put back an earlier state and go on from there."""
+
+    reason: str
+    to_step: int
+    """The newest state of at most this step."""
+    quarantine: tuple[int, int] | None = None
+    """Batches first … last to leave out from now on; None: do the same steps again, with the same data."""
+    reset_moments: bool = False
+    """Start the optimizer's moments anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +162,75 @@ class Halt:
     reason: str
 
 
-Verdict = Step | Skip | Halt
+Verdict = Step | Skip | Replay | Examine | Rollback | Halt
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """A rollback that was carried out."""
+
+    incident: int
+    from_step: int
+    to_step: int
+    attempt: int
+    """The attempt whose verdict it was."""
+    next_batch: int
+    quarantine: tuple[int, int] | None
+    source: str
+    """memory · checkpoint · start"""
+    seconds: float
+    """From the verdict to the state being back."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentEvent:
+    """One line of an incident's timeline."""
+
+    incident: int
+    """Counts from 1 over the whole run."""
+    phase: str
+    """opened · replayed · examined · acted · recovered · halted; `notice` for what belongs to no incident (incident 0)"""
+    attempt: int
+    step: int
+    batch_index: int
+    text: str
+    """One sentence for a person."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """What the decision was made from, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is kept of the moment of an alarm, for the incident's folder."""
+
+    incident: int
+    attempt: int
+    step: int
+    batch_index: int
+    sample_ids: IntArray
+    """[global_batch]"""
+    sample_losses: FloatArray
+    """[global_batch], in nats a target; empty where they were not measured."""
+    parameter_norms: FloatArray
+    """Gradient norm of each parameter at the alarm, [parameters]."""
+    usual_norms: FloatArray
+    """What was usual before (the guard's average), [parameters]; empty: not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Slow signs of a run that will fail, equal on all ranks; measured every `telemetry.weights_every` steps."""
+
+    attention_logits: FloatArray
+    """Bound of the largest attention logit of each layer, [layers]: max‖q‖·max‖k‖/√d. Empty: this model's attention
+    is not recognised."""
+    output_logits: float
+    """Largest absolute output logit of the batch; NaN: not measured."""
+    parameter_norms: FloatArray
+    """L2 norm of each parameter, [parameters]."""
+    update_ratios: FloatArray
+    """‖update‖ / ‖weight‖ of each parameter, [parameters]; NaN where the weight is all zero."""
 
 
 @dataclass(frozen=True, slots=True)

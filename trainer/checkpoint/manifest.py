@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -37,7 +37,6 @@ class Manifest(BaseModel):
     step: int
     attempt: int
     next_batch: int
-    consecutive_skips: int
     quarantine: tuple[tuple[int, int], ...]
     world_size: int
     stage: int

@@ -177,7 +177,11 @@ class OptimConfig(Section):
     decay_embeddings: bool = False
     """Decay embeddings too."""
     clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm. 0: no clipping."""
+    """Largest global gradient norm. 0: no limit."""
+    clipping: Literal["norm", "zclip", "adagc"] = "norm"
+    """How gradients are clipped: `norm`, the global norm to `clip`; `zclip`, the global norm to what was usual lately
+    (ZClip), at most `clip`; `adagc`, each tensor's norm to what was usual for it (AdaGC), then the global norm to
+    `clip`."""
 
 
 class ScheduleConfig(Section):
@@ -254,11 +258,57 @@ class TelemetryConfig(Section):
     """Live display on a terminal, one line a record elsewhere."""
 
 
-class GuardConfig(Section):
-    """What happens to gradients that must not be applied."""
+class SnapshotConfig(Section):
+    """Copies of the training state in host memory, to go back to inside the running job."""
 
-    max_consecutive_skips: NonNegativeInt = 10
-    """Attempts with non-finite gradients that are skipped in a row before the run halts with a diagnosis."""
+    every: PositiveInt | None = 25
+    """Steps between snapshots. None: none; a rollback then goes to a checkpoint on disk."""
+    keep: PositiveInt = 3
+    """Snapshots kept: each costs 12 bytes a parameter over the ranks (weights in fp32 and Adam's moments)."""
+    audit: bool = True
+    """Look through each snapshot for values that no training step can produce (a flipped bit in a weight or in a
+    moment)."""
+
+
+class GuardConfig(Section):
+    """What happens when a gradient, a loss or the state of a rank is not what it should be."""
+
+    mode: Literal["act", "watch", "off"] = "act"
+    """`act`: the whole ladder. `watch`: alarms are said and nothing is done about them but leaving out gradients that
+    are not finite. `off`: only that."""
+    spike: PositiveFloat = 8.0
+    """Sudden alarm: robust standard deviations by which the loss or the gradient norm exceeds what is usual."""
+    drift: PositiveFloat = 12.0
+    """Slow alarm: height of the CUSUM of the loss, in robust standard deviations."""
+    replay: bool = True
+    """Compute an alarming gradient once more before deciding: tells a fault of the hardware from the data."""
+    max_consecutive_skips: NonNegativeInt = 24
+    """Batches that are left out in a row. Then a new level is accepted where it is finite and consistent, else the run
+    halts."""
+    max_rollbacks: NonNegativeInt = 4
+    """Rollbacks within one incident, each deeper and wider than the one before; then the run halts with a
+    diagnosis."""
+    max_incidents: PositiveInt = 20
+    """Incidents with a rollback within any `incident_window` steps; then the run halts: it does not get on."""
+    incident_window: PositiveInt = 1000
+    """See `max_incidents`."""
+    clean_steps: PositiveInt = 10
+    """A snapshot is healthy once so many steps without an alarm followed it."""
+    quarantine_before: NonNegativeInt = 2
+    """Batches before the alarming one that a rollback leaves out with it: the update that did the harm came before."""
+    cool: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor on the learning rate after a rollback that left data out. 1: no cooling."""
+    rewarm: PositiveInt = 50
+    """Steps over which the learning rate comes back from there, linearly."""
+    reset_moments: bool = False
+    """Start Adam's moments anew after a rollback that left data out."""
+    verify: PositiveInt = 20
+    """Accepted steps after which an incident is closed, if their mean loss is back on its trajectory."""
+    checksum_every: PositiveInt | None = 25
+    """Steps between comparisons of the weights that all ranks hold alike. None: never."""
+    revisit: bool = False
+    """Train on the quarantined batches in the last steps of the run, instead of new ones: most such data is harmless
+    from another state."""
 
 
 class RunConfig(Section):
@@ -294,6 +344,8 @@ class RunConfig(Section):
     """Sharding."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    snapshots: SnapshotConfig = SnapshotConfig()
+    """Snapshots."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -302,3 +354,6 @@ class RunConfig(Section):
     """Telemetry."""
     cluster: ClusterConfig = ClusterConfig()
     """Cluster."""
+    faults: tuple[str, ...] = ()
+    """Faults to put into this run on purpose, one sentence each, to see how it recovers:
+    `batches(300, 305).random_tokens()`, `at(step=40, rank=1).gradient_is_nan()` (docs/drill.md)."""

@@ -76,14 +76,35 @@ class Stream:
         self._order = order
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
-        self._next = next_batch
-        self._ahead = _Ahead(self._batches(next_batch), prefetch, f"data-rank-{rank}") if prefetch else None
-        self._source = self._batches(next_batch)
+        self._prefetch = prefetch
+        self._ahead: _Ahead | None = None
+        self.seek(next_batch)
 
     @property
     def next_batch(self) -> int:
         """Index after the last batch that was handed out."""
         return self._next
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """Batches that are left out."""
+        return self._quarantine
+
+    def leave_out(self, first: int, last: int) -> None:
+        """Put batches into quarantine that were handed out already; for others, :meth:`seek` follows."""
+        self._quarantine = self._quarantine.with_range(first, last)
+
+    def seek(self, next_batch: int) -> None:
+        """Go on from another place; where it is in quarantine, from the next allowed one."""
+        self.close()
+        self._next = next_batch
+        self._source = self._batches(next_batch)
+        name = f"data-rank-{self._rank}"
+        self._ahead = _Ahead(self._source, self._prefetch, name) if self._prefetch else None
+
+    def read(self, batch_index: int) -> Batch:
+        """One batch by its index, in quarantine or not; the place in the stream stays."""
+        return self._read(batch_index)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
