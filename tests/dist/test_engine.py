@@ -227,7 +227,7 @@ def test_votes_and_disagreement_ride_in_the_same_message(two_ranks: RankPool) ->
     for same, differ in two_ranks(votes, config=make_config(zero={"stage": 1})):
         assert (same.stop_votes, same.agree) == (1, True)
         assert (differ.stop_votes, differ.agree) == (0, False)
-        assert (differ.rank_seconds > 0).all()
+        assert (differ.ranks.seconds > 0).all()
 
 
 def penalised(rank: int, world_size: int, config: RunConfig) -> Any:

@@ -52,6 +52,16 @@ class Shards(ABC):
         """1-D gradient of each fragment, averaged over ranks and still multiplied by the loss scale; views where
         possible, valid only between the last backward pass and the step. Writing to them changes the step."""
 
+    def scale(self, factors: Sequence[float]) -> None:
+        """Multiply each parameter's reduced gradient by its factor, [parameters], before the step."""
+        chosen = [
+            (gradient, factors[fragment.parameter])
+            for fragment, gradient in zip(self.fragments, self.gradients(), strict=True)
+            if factors[fragment.parameter] != 1.0
+        ]
+        if chosen:
+            torch._foreach_mul_([gradient for gradient, _ in chosen], [factor for _, factor in chosen])
+
     @abstractmethod
     def clear(self) -> None:
         """Forget the gradient as if this batch had not been seen."""
@@ -162,6 +172,8 @@ class ZeroShards(Shards):
         self._offloaded = offloaded
         self._place: list[tuple[int, int]] = []
         """(group, position in the group) of each fragment's gradient."""
+        self._owned: list[torch.nn.Parameter] = []
+        """The parameter of each fragment."""
 
     @property
     @abstractmethod
@@ -188,6 +200,16 @@ class ZeroShards(Shards):
             reduced[group][position].view(-1).narrow(0, 0, fragment.num_elements)
             for (group, position), fragment in zip(self._place, self.fragments, strict=True)
         ]
+
+    def scale(self, factors: Sequence[float]) -> None:
+        super().scale(factors)
+        if self._offloaded:
+            # DeepSpeed has measured the norms that it clips by while the gradients went to the host
+            norms = self._zero.norm_for_param_grads
+            for fragment, parameter in zip(self.fragments, self._owned, strict=True):
+                identity = self._zero.get_param_id(parameter)
+                if identity in norms:
+                    norms[identity] = norms[identity] * factors[fragment.parameter]
 
     def flats(self) -> list[Tensor]:
         return [partition.detach() for partition in self._partitions]
@@ -220,6 +242,7 @@ class PartitionedShards(ZeroShards):
                     )
                 )
                 self._place.append((group, position))
+                self._owned.append(parameter)
         self.fragments = tuple(fragments)
 
     @property
@@ -283,6 +306,7 @@ class WeightShards(ZeroShards):
                         )
                     )
                     self._place.append((sub_group, position))
+                    self._owned.append(parameter)
                 offset += part
         self.fragments = tuple(fragments)
 

@@ -22,7 +22,7 @@ class Injector:
     def begin(self, attempt: int, step: int, batch_index: int) -> None:
         """An attempt begins."""
 
-    def local_gradient(self, parameter: int, gradient: Tensor) -> Tensor:
+    def local_gradient(self, parameter: int, gradient: Tensor) -> Tensor:  # noqa: ARG002
         """This rank's own gradient of a parameter (index) in one micro-batch, before any reduction."""
         return gradient
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.engine.checksum import persistent_buffers
 from trainer.engine.gradients import Fragment
 from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError
@@ -34,7 +35,7 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
             else:
                 number = value.item() if isinstance(value, Tensor) else value
                 scalars.setdefault(str(index), {})[key] = number
-    for name, buffer in _persistent_buffers(engine):
+    for name, buffer in persistent_buffers(engine.module):
         tensors[f"buffer.{name}"] = buffer
     numbers = {
         "stage": engine.stage,
@@ -83,7 +84,7 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
                 state[key].fill_(value)
             else:
                 state[key] = engine.shards.scalar_state(key, value, flat)
-    for name, buffer in _persistent_buffers(engine):
+    for name, buffer in persistent_buffers(engine.module):
         buffer.copy_(tensors[f"buffer.{name}"])
         left.discard(f"buffer.{name}")
     if left:
@@ -109,14 +110,6 @@ def _fragment_to_json(fragment: Fragment) -> dict[str, Any]:
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if isinstance(value, int | float | str | tuple)}
-
-
-def _persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
-    names = set()
-    for prefix, module in engine.module.named_modules():
-        skipped = module._non_persistent_buffers_set
-        names |= {f"{prefix}.{name}" if prefix else name for name in module._buffers if name not in skipped}
-    return [(name, buffer) for name, buffer in engine.module.named_buffers() if name in names]
 
 
 def _scaler(engine: Engine) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +15,15 @@ from torch import Tensor
 
 from trainer.config.resolve import Arithmetic, Device, Precision, deepspeed_config
 from trainer.config.schema import RunConfig
+from trainer.engine.audit import Updates
+from trainer.engine.checksum import replica_checksum
 from trainer.engine.gradients import Shards, make_shards
+from trainer.engine.injection import Injector
+from trainer.engine.local import LocalNorms
+from trainer.engine.observe import LogitProbe, WeightStats, compare_weights
 from trainer.engine.ranks import Ranks
-from trainer.engine.stats import StepVector
-from trainer.records import Batch, FloatArray, ParameterFacts, StepStats
+from trainer.engine.stats import Own, StepVector, loss_of
+from trainer.records import Batch, FloatArray, ParameterFacts, StepStats, Structure
 
 Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """(logits [batch, length, vocabulary], labels [batch, length]) → sums of the loss terms, `loss` among them."""
@@ -27,13 +32,7 @@ Penalty = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 """1-D fp32 weights → (gradient of the penalties, their values by name)."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeightStats:
-    """Norms of the weights and of their last update, [parameters], equal on all ranks."""
-
-    parameter_norms: FloatArray
-    update_ratios: FloatArray
-    """‖update‖ / ‖weight‖; NaN where the weight is all zero."""
+NO_INJECTION = Injector()
 
 
 class Engine:
@@ -43,6 +42,8 @@ class Engine:
         names: the trainable parameters, in the order in which every record lists them.
         shards: this rank's view of gradients and master weights.
         deepspeed: DeepSpeed's own engine.
+        updates: what was applied since the state was last put in; the audit of snapshots judges by it.
+        injector: puts faults in, where a drill asks for them.
     """
 
     def __init__(
@@ -59,9 +60,12 @@ class Engine:
         precision: Precision,
         terms: Sequence[str] = ("loss",),
         penalty: Penalty | None = None,
+        injector: Injector = NO_INJECTION,
     ):
         import deepspeed
 
+        self.injector = injector
+        self.updates = Updates()
         self.names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         by_name = {parameter.name: parameter for parameter in parameters}
         self._decays = [by_name[name].decay for name in self.names]
@@ -71,6 +75,8 @@ class Engine:
         self._ranks = ranks
         self._seed = config.seed
         self.device = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
+        # before DeepSpeed's own hooks, which reduce the gradient
+        self._local = LocalNorms([p for p in model.parameters() if p.requires_grad], injector)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -80,7 +86,9 @@ class Engine:
         self.stage: int = config.zero.stage
         self.shards: Shards = make_shards(self.deepspeed, self.names, self.stage, ranks.rank, ranks.world_size)
         self._vector = StepVector(self.shards, len(self.names), terms, ranks.rank, ranks.world_size, self.device)
+        self._logits = LogitProbe(self.module, self.device)
         self._seconds = 0.0
+        self._parameter_norms: FloatArray = np.zeros(len(self.names))
 
     @property
     def module(self) -> torch.nn.Module:
@@ -92,7 +100,17 @@ class Engine:
         """What gradients are multiplied by before the step (fp16); 1 otherwise."""
         return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
 
-    def accumulate(self, batch: Batch, *, attempt: int, step: int, stop: bool = False, decision: int = 0) -> StepStats:
+    def accumulate(
+        self,
+        batch: Batch,
+        *,
+        attempt: int,
+        step: int,
+        stop: bool = False,
+        decision: int = 0,
+        checksum: bool = False,
+        impossible: int = 0,
+    ) -> StepStats:
         """Forward and backward over all micro-batches of this rank, gradients reduced; nothing is applied.
 
         The gradient is that of Σ terms / `batch.num_targets` over the *global* batch, however targets are spread over
@@ -104,79 +122,101 @@ class Engine:
             attempt, step: for the record.
             stop: this rank was asked to stop; the votes come back in the stats.
             decision: digest of the previous decision, compared between ranks.
+            checksum: let :meth:`replica_checksum` ride along.
+            impossible: values in this rank's newest snapshot that training cannot have produced.
         """
         began = time.perf_counter()
+        self.injector.begin(attempt, step, batch.batch_index)
+        own_checksum = self.replica_checksum() if checksum else 0.0
         engine = self.deepspeed
         engine.train()
+        self._local.clear()
         last = len(batch.micro_batches) - 1
         # DeepSpeed divides by ranks and accumulation: this makes the whole a mean over the global batch
         denominator = max(batch.num_targets, 1) / (self._ranks.world_size * len(batch.micro_batches))
         sums: dict[str, Tensor] = {}
-        for index, arrays in enumerate(batch.micro_batches):
-            first_sample = (index * self._ranks.world_size + self._ranks.rank) * self._numbers.micro
-            seed_everything(self._seed, batch.batch_index, first_sample, self.device)
-            terms = self._terms(arrays)
-            total = sum_of(terms)
-            engine.backward(total / denominator)
-            for name, value in terms.items():
-                value = value.detach().double()
-                sums[name] = sums[name] + value if name in sums else value
-            if index < last:
-                engine.step()
+        with self._logits.watching():
+            for index, arrays in enumerate(self._seeded(batch)):
+                terms = self._terms(arrays)
+                total = sum_of(terms)
+                engine.backward(total / denominator)
+                for name, value in terms.items():
+                    value = value.detach().double()
+                    sums[name] = sums[name] + value if name in sums else value
+                if index < last:
+                    engine.step()
         if self._penalty is not None:
             sums |= self._add_penalties(self._penalty, batch.num_targets)
+        self.injector.reduced(self)
         scale = self.loss_scale
-        reduced = self._vector.reduce(sums, loss_scale=scale, stop=stop, decision=decision, seconds=self._seconds)
+        own = Own(
+            self._seconds, self._local.squared(), self.injector.digest(decision), own_checksum, impossible=impossible
+        )
+        reduced = self._vector.reduce(sums, own, count=max(batch.num_targets, 1), loss_scale=scale, stop=stop)
+        self._parameter_norms = reduced.parameter_norms
         self._seconds = time.perf_counter() - began
-        count = max(batch.num_targets, 1)
-        terms_mean = {name: value / count for name, value in reduced.terms.items()}
         return StepStats(
             attempt=attempt,
             batch_index=batch.batch_index,
             step=step,
-            loss=terms_mean.pop("loss"),
-            parts=terms_mean,
+            loss=reduced.loss,
+            parts=reduced.terms,
             num_targets=batch.num_targets,
             grad_norm=reduced.grad_norm,
             num_nonfinite=reduced.num_nonfinite,
             parameter_norms=reduced.parameter_norms,
             stop_votes=reduced.stop_votes,
             agree=reduced.agree,
-            rank_seconds=reduced.rank_seconds,
+            ranks=reduced.ranks,
             loss_scale=scale,
         )
 
-    def apply(self, clip: float, lr: float) -> bool:
+    def apply(self, clip: float, lr: float, scales: Sequence[float] | None = None) -> bool:
         """Clip to the global norm `clip` (0: not at all), update with the rate `lr`.
+
+        Args:
+            scales: factor on each parameter's gradient; the global norm is that after scaling.
 
         Returns:
             False when DeepSpeed refused the step: the gradient is not finite (fp16: the loss scale was too high).
         """
         engine = self.deepspeed
+        norms = self._parameter_norms
+        if scales is not None:
+            self.shards.scale(scales)
+            norms = norms * np.asarray(scales)
+        rate = self.injector.learning_rate(lr)
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = rate
         engine._config.gradient_clipping = clip
         if hasattr(engine.optimizer, "clip_grad"):
             engine.optimizer.clip_grad = clip
         engine.step()
-        return bool(engine.was_step_applied())
+        applied = bool(engine.was_step_applied())
+        if applied:
+            norm = math.sqrt(float(np.square(norms).sum()))
+            self.updates.add(lr, min(norm, clip) if clip else norm)
+            self.injector.updated(self)
+        return applied
 
-    def apply_measured(self, clip: float, lr: float) -> tuple[bool, WeightStats]:
+    def apply_measured(self, clip: float, lr: float, scales: Sequence[float] | None = None) -> tuple[bool, WeightStats]:
         """As :meth:`apply`, measuring weights and update; holds a copy of this rank's master weights meanwhile."""
         before = [flat.clone() for flat in self.shards.flats()]
-        applied = self.apply(clip, lr)
-        after = self.shards.flats()
-        vector = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.device)
-        for fragment in self.shards.fragments:
-            if fragment.counted:
-                place = slice(fragment.offset, fragment.offset + fragment.num_elements)
-                new, old = after[fragment.flat][place], before[fragment.flat][place]
-                vector[0, fragment.parameter] += new.double().square().sum()
-                vector[1, fragment.parameter] += (new - old).double().square().sum()
-        dist.all_reduce(vector)
-        weights, updates = np.sqrt(vector.cpu().numpy())
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return applied, WeightStats(weights, np.where(weights > 0, updates / weights, np.nan))
+        applied = self.apply(clip, lr, scales)
+        return applied, compare_weights(self.shards, before, len(self.names), self.device)
+
+    def observe_next(self) -> None:
+        """Measure attention and output logits during the next :meth:`accumulate`; the bits stay what they are."""
+        self._logits.arm()
+
+    def structure(self, weights: WeightStats) -> Structure:
+        """What was observed, with what :meth:`apply_measured` measured. A collective."""
+        attention, output = self._logits.reduce()
+        return Structure(attention, output, weights.parameter_norms, weights.update_ratios)
+
+    def replica_checksum(self) -> float:
+        """Of what all ranks hold alike, as it is on this rank: see :mod:`trainer.engine.checksum`."""
+        return replica_checksum(self.deepspeed, self.shards, self.stage)
 
     def discard(self) -> None:
         """Drop the accumulated gradient: weights, optimizer and schedule stay as if the batch had not been seen."""
@@ -196,10 +236,57 @@ class Engine:
         loss, count = sums.tolist()
         return (loss / count if count else float("nan")), int(count)
 
+    @torch.no_grad()
+    def probe(self, batch: Batch) -> float:
+        """Mean main loss of a batch under the present weights, with the randomness that :meth:`accumulate` gives it:
+        with unchanged weights its `StepStats.loss`. No gradient; nothing is changed. A collective."""
+        self.deepspeed.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for arrays in self._seeded(batch):
+            total += self._terms(arrays)["loss"].double()
+        sums = torch.zeros(self._ranks.world_size, dtype=torch.float64, device=self.device)
+        sums[self._ranks.rank] = total
+        dist.all_reduce(sums)
+        return loss_of(sums.cpu().numpy(), max(batch.num_targets, 1))
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> FloatArray:
+        """Mean main loss of each sample of the global batch, in nats a target, [global_batch]: in the order of
+        `batch.samples`, equal on all ranks; 0 where a sample has no target. Randomness as in :meth:`probe`. A
+        collective."""
+        self.deepspeed.train()
+        losses = torch.zeros(self._numbers.samples, dtype=torch.float64, device=self.device)
+        for index, arrays in enumerate(self._seeded(batch)):
+            logits, labels = self._logits_and_labels(arrays)
+            first = self._first_sample(index)
+            for row in range(len(labels)):
+                own = slice(row, row + 1)
+                num_targets = (labels[own] >= 0).sum().clamp(min=1)
+                losses[first + row] = self._objective(logits[own], labels[own])["loss"].double() / num_targets
+        dist.all_reduce(losses)
+        result: FloatArray = losses.cpu().numpy()
+        return result
+
+    def _first_sample(self, index: int) -> int:
+        """Place in the global batch of the first sample of this rank's micro-batch."""
+        return (index * self._ranks.world_size + self._ranks.rank) * self._numbers.micro
+
+    def _seeded(self, batch: Batch) -> Iterator[Mapping[str, NDArray[np.int64]]]:
+        """The micro-batches, torch seeded for each as it is handed out."""
+        for index, arrays in enumerate(batch.micro_batches):
+            seed_everything(self._seed, batch.batch_index, self._first_sample(index), self.device)
+            yield arrays
+
     def _terms(self, arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
+        logits, labels = self._logits_and_labels(arrays)
+        self._logits.see_output(logits)
+        return self._objective(logits, labels)
+
+    def _logits_and_labels(self, arrays: Mapping[str, NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
         tensors = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
         labels = tensors.pop("labels")
-        return self._objective(self.deepspeed(**tensors).logits, labels)
+        logits: Tensor = self.deepspeed(**tensors).logits
+        return logits, labels
 
     @torch.no_grad()
     def _add_penalties(self, penalty: Penalty, num_targets: int) -> dict[str, Tensor]:
