@@ -34,7 +34,8 @@ from trainer.errors import SUPERVISED, ConfigError, ExitCode, LaunchError, RunDi
 if TYPE_CHECKING:
     from launcher.plan import Plan
     from trainer.config.schema import RunConfig
-    from trainer.records import ModelFacts
+    from trainer.faults.parse import parse_faults
+from trainer.records import ModelFacts
 
 Say = Callable[[str], None]
 
@@ -63,6 +64,7 @@ def read_request(source: Path, overrides: Sequence[str] = (), ranks: int | None 
         config = load_config(source, overrides)
         root = None
     warnings = tuple(check_config(config, str(source)))
+    parse_faults(config.faults, str(source))
     return Request(config, root or run_path(config), warnings)
 
 

@@ -58,6 +58,7 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
         set_threads(files, config)
     if ranks.is_first:
         files.outcome.unlink(missing_ok=True)
+    from trainer.faults.parse import parse_faults
     from trainer.stages.prepare import open_run, prepare_run
     from trainer.stages.pretrain import Pretraining, Setting
 
@@ -67,7 +68,9 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
 
     dist.barrier()
     prepared, facts = open_run(files, config)
-    stage = Pretraining(Setting(files, config, ranks, device, precision, prepared, facts, stop))
+    stage = Pretraining(
+        Setting(files, config, ranks, device, precision, prepared, facts, stop), parse_faults(config.faults)
+    )
     try:
         ending = stage.run()
     except BaseException as error:

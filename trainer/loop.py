@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from trainer.config.schema import RunConfig
 from trainer.engine.stats import digest
 from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError, RunHaltedError
-from trainer.records import Batch, Halt, Position, Skip, Step, StepStats, Verdict
+from trainer.records import Batch, Examine, Halt, Position, Replay, Rollback, Skip, Step, StepStats, Verdict
+from trainer.recovery import Recovery, Stream
 from trainer.stability.guard import Guard
 from trainer.stop import StopRequest
 from trainer.telemetry.recorder import Recorder
 from trainer.telemetry.timing import StepTimer
-
-
-class Stream(Protocol):
-    """Batches in order, and the index after the last one handed out."""
-
-    @property
-    def next_batch(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +26,7 @@ class Parts:
     engine: Engine
     stream: Stream
     guard: Guard
+    recovery: Recovery
     telemetry: Recorder
     timer: StepTimer
     stop: StopRequest
@@ -71,62 +61,124 @@ def train(parts: Parts, progress: Progress) -> Ending:
     Raises:
         RunHaltedError: the guard's diagnosis. What was saved before stays.
     """
-    engine, guard, telemetry = parts.engine, parts.guard, parts.telemetry
+    guard, recovery, stream = parts.guard, parts.recovery, parts.stream
     position = progress.position
     decision, saved_step, stopped = 0, position.step, False
+    again: Batch | None = None
+    recovery.snapshot(position, always=True)
     while position.step < parts.steps and not stopped:
         parts.timer.begin()
-        batch = next(parts.stream)
-        stats = engine.accumulate(
-            batch,
-            attempt=position.attempt + 1,
-            step=position.step + 1,
-            stop=parts.stop.requested,
-            decision=decision,
-        )
+        batch = again or take_batch(parts, position)
+        stats = look(parts, batch, position, decision)
         verdict = guard.judge(stats)
-        decision = digest(stats.attempt, stats.step, verdict)
-        rate = parts.learning_rate(stats.step)
-        applied = carry_out(verdict, stats, rate, parts)
-        position = Position(step=position.step + applied, attempt=stats.attempt, next_batch=parts.stream.next_batch)
-        progress.position = position
-        telemetry.record_attempt(
-            stats, verdict, parts.timer.end(batch.seconds_waiting), lr=rate, epoch=batch.epoch, applied=applied
+        if examined := isinstance(verdict, Examine):
+            parts.engine.discard()
+            verdict = guard.weigh(recovery.examine(batch, stats))
+        decision = digest(stats.attempt, stats.step, verdict, guard.fingerprint())
+        rate = parts.learning_rate(stats.step) * (verdict.lr_scale if isinstance(verdict, Step) else 1.0)
+        applied = carry_out(verdict, stats, batch, rate, parts, dropped=examined)
+        again = batch if isinstance(verdict, Replay) else None
+        next_batch = stream.next_batch
+        if again and batch.batch_index == next_batch - 1:
+            # it was not consumed yet: a run that stops here begins with it
+            next_batch = batch.batch_index
+        position = Position(position.step + applied, stats.attempt, next_batch)
+        parts.telemetry.record_attempt(
+            stats,
+            verdict,
+            parts.timer.end(batch.seconds_waiting),
+            lr=rate,
+            epoch=batch.epoch,
+            applied=applied,
+            scores=guard.scores,
+            incident=guard.incident,
         )
+        if isinstance(verdict, Rollback):
+            went_back = recovery.perform(verdict, stats)
+            if went_back is None:
+                verdict = guard.cannot_roll_back(verdict, stats)
+            else:
+                position, saved_step = went_back, min(saved_step, went_back.step)
+        recovery.tell()
+        progress.position = position
         if isinstance(verdict, Halt):
             raise RunHaltedError(verdict.reason)
         stopped = stats.stop_votes > 0 and position.step < parts.steps
         if stopped:
-            telemetry.message("warning", f"asked to stop: saving at step {position.step}")
+            parts.telemetry.message("warning", f"asked to stop: saving at step {position.step}")
         elif applied:
             saved_step = upkeep(parts, position, saved_step)
+    recovery.fence()
     if position.step != saved_step or stopped:
         parts.save(position)
     return Ending(position, stopped, None if stopped else parts.evaluate(position.step))
 
 
-def carry_out(verdict: Verdict, stats: StepStats, rate: float, parts: Parts) -> bool:
-    """Apply or drop the gradient. Returns whether the weights were updated; telemetry says so where they were not."""
-    engine, telemetry = parts.engine, parts.telemetry
+def take_batch(parts: Parts, position: Position) -> Batch:
+    """The next one of the data, or in the last steps, where asked for, one that was left out before."""
+    index = parts.guard.next_revisit(parts.steps - position.step)
+    return next(parts.stream) if index is None else parts.stream.read(index)
+
+
+def look(parts: Parts, batch: Batch, position: Position, decision: int) -> StepStats:
+    """Compute a gradient, and what all ranks must know of it. Nothing is applied."""
+    step, every = position.step + 1, parts.config.guard.checksum_every
+    if measured(parts, step):
+        parts.engine.observe_next()
+    return parts.engine.accumulate(
+        batch,
+        attempt=position.attempt + 1,
+        step=step,
+        stop=parts.stop.requested,
+        decision=decision,
+        checksum=every is not None and position.step > 0 and position.step % every == 0,
+        impossible=parts.recovery.impossible(position.step),
+    )
+
+
+def measured(parts: Parts, step: int) -> bool:
+    """Whether weights and slow signs are measured on the update that makes `step`."""
+    every = parts.config.telemetry.weights_every
+    return every is not None and step % every == 0
+
+
+def carry_out(
+    verdict: Verdict, stats: StepStats, batch: Batch, rate: float, parts: Parts, *, dropped: bool = False
+) -> bool:
+    """Apply or drop the gradient (`dropped`: that was done). Returns whether the weights were updated."""
+    engine, telemetry, recovery = parts.engine, parts.telemetry, parts.recovery
+    recovery.fence()
     match verdict:
-        case Step(clip=clip):
-            every = parts.config.telemetry.weights_every
-            if every is None or stats.step % every:
-                applied = engine.apply(clip, rate)
+        case Step(clip=clip, scales=scales):
+            if not measured(parts, stats.step):
+                applied = engine.apply(clip, rate, scales)
             else:
-                applied, weights = engine.apply_measured(clip, rate)
-                telemetry.record_weights(stats.step, weights.parameter_norms, weights.update_ratios)
+                applied, weights = engine.apply_measured(clip, rate, scales)
+                structure = engine.structure(weights)
+                telemetry.record_structure(stats.step, structure)
+                for warning in parts.guard.observe(stats.step, structure):
+                    telemetry.message("warning", warning)
+            if applied:
+                recovery.remember(batch, stats.loss)
             return applied
-        case Skip() | Halt():
-            engine.discard()
-            return False
+        case Skip(quarantine=quarantine):
+            if quarantine:
+                parts.stream.leave_out(batch.batch_index, batch.batch_index)
+        case Halt():
+            recovery.keep_evidence(batch, stats)
+        case _:
+            pass
+    if not dropped:
+        engine.discard()
+    return False
 
 
 def upkeep(parts: Parts, position: Position, saved_step: int) -> int:
-    """Evaluate and save where it is due. Returns the step of the newest checkpoint."""
+    """Evaluate, save and keep a snapshot where it is due. Returns the step of the newest checkpoint."""
     config = parts.config
     if position.step == parts.steps:
         return saved_step
+    parts.recovery.snapshot(position)
     if config.evaluation.every and position.step % config.evaluation.every == 0:
         parts.evaluate(position.step)
     if config.checkpoint.every and position.step % config.checkpoint.every == 0:

@@ -43,7 +43,7 @@ def bad_ranks(ranks: RankStats) -> list[int]:
 
 
 def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """"rank 3 on node07", "ranks 0 on a, 1 on b"."""
+    """ "rank 3 on node07", "ranks 0 on a, 1 on b"."""
     words = [f"{rank} on {hosts[rank]}" if rank < len(hosts) else str(rank) for rank in ranks]
     return ("rank " if len(words) == 1 else "ranks ") + ", ".join(words)
 

@@ -1,4 +1,4 @@
-"""What the guard remembers of an incident, and how the learning rate is cooled after one. Plain data, JSON in and out."""
+"""What the guard remembers of an incident, and how the learning rate is cooled after one: plain data and JSON."""
 
 from __future__ import annotations
 

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import importlib.metadata
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.manifest import Manifest, name_of
+from trainer.checkpoint.store import CheckpointStore, committed_steps
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config
 from trainer.config.resolve import Arithmetic, Device, Precision, arithmetic, deepspeed_config, fingerprint
 from trainer.config.schema import RunConfig
 from trainer.data.order import Order, Quarantine
 from trainer.data.prepared import Prepared
-from trainer.data.stream import Stream, evaluation_batches
+from trainer.data.samples import Samples
+from trainer.data.stream import Stream as DataStream
+from trainer.data.stream import evaluation_batches
+from trainer.engine.injection import Injector
 from trainer.engine.ranks import Ranks
+from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_state, write_state
-from trainer.engine.zero import Engine, Penalty
+from trainer.engine.zero import NO_INJECTION, Engine, Penalty
 from trainer.errors import CheckpointError, ExitCode, TrimtabError
+from trainer.faults import Fault, poisoned
+from trainer.faults.inject import FaultInjector
 from trainer.loop import Ending, Parts, Progress, train
 from trainer.model.build import build_model
 from trainer.model.groups import parameter_groups
@@ -34,6 +42,8 @@ from trainer.objectives.penalty import penalty_gradient, penalty_value
 from trainer.optim.build import build_optimizer
 from trainer.optim.schedule import learning_rate
 from trainer.records import ModelFacts, Outcome, Position
+from trainer.recovery import NoReports, Notes, Recovery, Stream
+from trainer.report.incident import IncidentReports
 from trainer.stability.guard import Guard
 from trainer.stop import StopRequest
 from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
@@ -61,12 +71,19 @@ class Setting:
 class Pretraining:
     """One start of a pretraining run.
 
+    Args:
+        faults: put into it on purpose.
+
     Attributes:
         progress: where it stands; moves while :meth:`run` goes on.
         telemetry: of this rank.
     """
 
-    def __init__(self, setting: Setting):
+    def __init__(
+        self,
+        setting: Setting,
+        faults: Sequence[Fault] = (),
+    ):
         self.setting = setting
         config, ranks = setting.config, setting.ranks
         self.numbers = arithmetic(config, ranks.world_size)
@@ -77,25 +94,44 @@ class Pretraining:
             keep=config.checkpoint.keep,
             replicated=config.zero.stage == 0,
         )
-        self.quarantine = Quarantine(config.data.exclude_batches)
-        self.engine = _build_engine(setting, self.numbers)
-        self.guard = Guard(config.guard, clip=config.optim.clip, parameter_names=self.engine.names)
+        self.injector = FaultInjector(faults, ranks.rank, ranks.world_size) if faults else NO_INJECTION
+        self.engine = _build_engine(setting, self.numbers, self.injector)
+        self.guard = _make_guard(setting, self.engine)
         self.newest_checkpoint: str | None = None
+        self._excluded = Quarantine(config.data.exclude_batches)
         self.progress = Progress(self._resume())
         self.telemetry = self._open_telemetry()
+        self.reports = self._open_reports()
+        self.stream: Stream = poisoned(self._open_stream(), faults, setting.prepared.vocabulary)
+        for fault in faults:
+            self.telemetry.message("warning", f"put into this run on purpose: {fault}")
 
     def run(self) -> Ending:
         """Train to the end or until asked to stop."""
         setting, config = self.setting, self.setting.config
         with ExitStack() as stack:
-            stream = self.open_stream()
-            stack.callback(stream.close)
+            stack.callback(self.reports.close)
+            stack.callback(self.stream.close)
+            ring = self._make_ring()
+            if ring is not None:
+                stack.callback(ring.close)
+            recovery = Recovery(
+                self.engine,
+                self.stream,
+                self.guard,
+                self.telemetry,
+                self.reports,
+                ring=ring,
+                every=config.snapshots.every or 1,
+                load=self._load_at_most,
+            )
             parts = Parts(
                 config=config,
                 steps=self.numbers.steps,
                 engine=self.engine,
-                stream=stream,
+                stream=self.stream,
                 guard=self.guard,
+                recovery=recovery,
                 telemetry=self.telemetry,
                 timer=make_timer(setting, self.numbers),
                 stop=setting.stop,
@@ -149,10 +185,36 @@ class Pretraining:
             )
         write_state(self.engine, tensors, numbers)
         self.newest_checkpoint = f"checkpoints/{newest.name}"
-        self.guard.restore(manifest.consecutive_skips)
+        self.guard.restore(numbers["guard"]["history"], numbers["guard"]["ladder"])
         for first, last in manifest.quarantine:
-            self.quarantine = self.quarantine.with_range(first, last)
+            self._excluded = self._excluded.with_range(first, last)
         return Position(step=manifest.step, attempt=manifest.attempt, next_batch=manifest.next_batch)
+
+    def _load_at_most(self, step: int) -> Notes | None:
+        """Put the newest checkpoint of at most `step` into the live engine. A collective."""
+        box: list[str | None] = [None]
+        if self.setting.ranks.is_first:
+            steps = [saved for saved in committed_steps(self.store.folder) if saved <= step]
+            box = [name_of(steps[-1]) if steps else None]
+        torch.distributed.broadcast_object_list(box, src=0)
+        if box[0] is None:
+            return None
+        manifest, (tensors, numbers) = self.store.load(self.store.folder / box[0])
+        write_state(self.engine, tensors, numbers)
+        position = {"step": manifest.step, "next_batch": manifest.next_batch}
+        return {"position": position, "history": numbers["guard"]["history"]}
+
+    def _make_ring(self) -> SnapshotRing | None:
+        config = self.setting.config
+        if config.snapshots.every is None or config.guard.mode != "act":
+            return None
+        return SnapshotRing(self.engine, config.snapshots.keep, config.snapshots.audit)
+
+    def _open_reports(self) -> IncidentReports | NoReports:
+        if not self.setting.ranks.is_first:
+            return NoReports()
+        samples = self._samples("train")
+        return IncidentReports(self.setting.files.root, samples.describe, self.engine.names)
 
     def _open_telemetry(self) -> Recorder:
         setting, config = self.setting, self.setting.config
@@ -183,12 +245,15 @@ class Pretraining:
             resumed_from=self.progress.position if self.progress.position.step else None,
         )
 
-    def open_stream(self) -> Stream:
-        """The batches from where the run stands."""
+    def _samples(self, split: Literal["train", "held_out"]) -> Samples:
+        data = self.setting.config.data
+        return self.setting.prepared.samples(split, data.sequence_length, data.boundaries)
+
+    def _open_stream(self) -> DataStream:
         setting, config = self.setting, self.setting.config
-        samples = setting.prepared.samples("train", config.data.sequence_length, config.data.boundaries)
+        samples = self._samples("train")
         order = Order(config.seed, samples.sizes, samples.weights, config.data.shuffle)
-        return Stream(
+        return DataStream(
             samples,
             order,
             batch=self.numbers.samples,
@@ -198,16 +263,15 @@ class Pretraining:
             objective=config.objective,
             seed=config.seed,
             next_batch=self.progress.position.next_batch,
-            quarantine=self.quarantine,
+            quarantine=self._excluded,
             prefetch=config.data.prefetch,
         )
 
     def _evaluate(self, step: int) -> float:
         setting, config = self.setting, self.setting.config
         began = time.perf_counter()
-        samples = setting.prepared.samples("held_out", config.data.sequence_length, config.data.boundaries)
         batches = evaluation_batches(
-            samples,
+            self._samples("held_out"),
             micro=self.numbers.micro,
             rank=setting.ranks.rank,
             ranks=setting.ranks.world_size,
@@ -222,7 +286,9 @@ class Pretraining:
     def _save(self, position: Position) -> None:
         began = time.perf_counter()
         self.telemetry.flush()
-        saved = self.store.save(read_state(self.engine), lambda: self._manifest(position))
+        tensors, numbers = read_state(self.engine)
+        numbers["guard"] = {"history": self.guard.history(), "ladder": self.guard.ladder()}
+        saved = self.store.save((tensors, numbers), lambda: self._manifest(position))
         self.newest_checkpoint = f"checkpoints/{saved.name}"
         self.telemetry.record_checkpoint(position.step, saved.name, time.perf_counter() - began, saved.num_bytes)
 
@@ -231,8 +297,7 @@ class Pretraining:
             step=position.step,
             attempt=position.attempt,
             next_batch=position.next_batch,
-            consecutive_skips=self.guard.consecutive_skips,
-            quarantine=self.quarantine.ranges,
+            quarantine=self.stream.quarantine.ranges,
             world_size=self.setting.ranks.world_size,
             stage=self.engine.stage,
             global_batch=self.numbers.samples,
@@ -243,7 +308,23 @@ class Pretraining:
         )
 
 
-def _build_engine(setting: Setting, numbers: Arithmetic) -> Engine:
+def _make_guard(setting: Setting, engine: Engine) -> Guard:
+    hosts: list[str] = [""] * setting.ranks.world_size
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    optim = setting.config.optim
+    return Guard(
+        setting.config.guard,
+        clip=optim.clip,
+        clipping=optim.clipping,
+        parameter_names=engine.names,
+        hosts=hosts,
+        can_replay=True,
+        can_examine=True,
+        can_roll_back=True,
+    )
+
+
+def _build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> Engine:
     config, world_size = setting.config, setting.ranks.world_size
     zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
     model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
@@ -265,6 +346,7 @@ def _build_engine(setting: Setting, numbers: Arithmetic) -> Engine:
         precision=setting.precision,
         terms=terms,
         penalty=penalty,
+        injector=injector,
     )
 
 
