@@ -2,14 +2,16 @@
 
 All contestants train the same model on the same samples, on two gloo ranks with one thread each, in the same
 processes; blocks of a few steps take turns, so that a busy machine slows all of them alike. Ours has all telemetry on
-every step (ledger with every parameter's norm, TensorBoard, console lines), the guard, and the data stream; the bare
-loop has its data in memory.
+every step (ledger with every parameter's norm, TensorBoard, console lines), the guard with snapshots every 25 steps,
+and the data stream; the bare loop has its data in memory.
 A ratio above 1 means that ours is faster. Printed and, with `--write`, put into benchmarks/results/throughput.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -69,13 +71,12 @@ def make_config(folder: Path, stage: int) -> Any:
     )
 
 
-def ours(config: Any, ranks: Any, prepared: Any, folder: Path) -> Callable[[], float]:
+def ours(config: Any, ranks: Any, prepared: Any, folder: Path, stack: contextlib.ExitStack) -> Callable[[], float]:
     """The project's own loop. Returns a function that trains one block and gives its seconds."""
     from trainer.config.files import RunFiles
-    from trainer.loop import Parts, Progress, train
+    from trainer.loop import train
     from trainer.model.describe import describe
-    from trainer.records import Position
-    from trainer.stages.pretrain import Pretraining, Setting, make_timer
+    from trainer.stages.pretrain import Pretraining, Setting
     from trainer.stop import StopRequest
 
     run = folder / config.name
@@ -84,26 +85,13 @@ def ours(config: Any, ranks: Any, prepared: Any, folder: Path) -> Callable[[], f
         RunFiles(run), config, ranks, "cpu", "fp32", prepared, describe(config, prepared.vocabulary), StopRequest()
     )
     stage = Pretraining(setting)
-    stream = stage.open_stream()
-    timer = make_timer(setting, stage.numbers)
-    progress = Progress(Position())
+    whole = stack.enter_context(stage.parts())
 
     def block() -> float:
-        parts = Parts(
-            config=config,
-            steps=progress.position.step + BLOCK,
-            engine=stage.engine,
-            stream=stream,
-            guard=stage.guard,
-            telemetry=stage.telemetry,
-            timer=timer,
-            stop=setting.stop,
-            learning_rate=lambda _: 1e-3,
-            evaluate=lambda _: float("nan"),
-            save=lambda _: None,
-        )
+        steps = stage.progress.position.step + BLOCK
+        parts = dataclasses.replace(whole, steps=steps, evaluate=lambda _: float("nan"), save=lambda _: None)
         began = time.perf_counter()
-        train(parts, progress)
+        train(parts, stage.progress)
         return time.perf_counter() - began
 
     return block
@@ -249,12 +237,13 @@ def rank_main(folder: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     ranks = join("cpu")
     results: dict[str, list[float]] = {}
+    stack = contextlib.ExitStack()  # left open: the process ends at once
     for stage in (1, 2, 3):
         config = make_config(folder, stage)
         prepared = prepare(config.data, base=folder, tokenizer_fallback=None, trust_remote_code=False)
         dist.barrier()
         contestants = {
-            "ours": ours(config, ranks, prepared, folder),
+            "ours": ours(config, ranks, prepared, folder, stack),
             "bare, our settings": bare(config, ranks, prepared, defaults=False),
             "bare": bare(config, ranks, prepared, defaults=True),
         }
@@ -262,7 +251,7 @@ def rank_main(folder: Path, rounds: int) -> None:
             replicated = config.model_copy(
                 update={"zero": config.zero.model_copy(update={"stage": 0}), "name": "stage0"}
             )
-            contestants["ours, ZeRO 0"] = ours(replicated, ranks, prepared, folder)
+            contestants["ours, ZeRO 0"] = ours(replicated, ranks, prepared, folder, stack)
             contestants["Trainer"] = transformers_trainer(replicated, ranks, prepared, folder)
         names = list(contestants)
         for turn in range(rounds + 1):

@@ -30,11 +30,11 @@ from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
 from trainer.config.resolve import deepspeed_config
 from trainer.errors import SUPERVISED, ConfigError, ExitCode, LaunchError, RunDirectoryError
+from trainer.faults.parse import parse_faults
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
     from trainer.config.schema import RunConfig
-    from trainer.faults.parse import parse_faults
 from trainer.records import ModelFacts
 
 Say = Callable[[str], None]

@@ -65,7 +65,7 @@ def train(parts: Parts, progress: Progress) -> Ending:
     position = progress.position
     decision, saved_step, stopped = 0, position.step, False
     again: Batch | None = None
-    recovery.snapshot(position, always=True)
+    recovery.snapshot(position)
     while position.step < parts.steps and not stopped:
         parts.timer.begin()
         batch = again or take_batch(parts, position)
@@ -132,7 +132,7 @@ def look(parts: Parts, batch: Batch, position: Position, decision: int) -> StepS
         stop=parts.stop.requested,
         decision=decision,
         checksum=every is not None and position.step > 0 and position.step % every == 0,
-        impossible=parts.recovery.impossible(position.step),
+        impossible=parts.recovery.impossible(),
     )
 
 

@@ -128,11 +128,12 @@ class Recovery:
             )
         )
 
-    def snapshot(self, position: Position, *, always: bool = False) -> None:
-        """Begin a snapshot where one is due; the copy is made while the next batch is computed."""
+    def snapshot(self, position: Position) -> None:
+        """Begin a snapshot where one is due, or where there is none; the copy is made while the next batch is
+        computed."""
         if self._ring is None:
             return
-        if always or position.step % self._every == 0 or position.step == self._guard.pin:
+        if not self._ring.steps() or position.step % self._every == 0 or position.step == self._guard.pin:
             self._ring.take(position.step, self.notes(position))
             self._copying = position.step
 
@@ -152,9 +153,9 @@ class Recovery:
             self._telemetry.record_snapshot(self._copying, seconds, self._ring.num_bytes)
             self._copying = None
 
-    def impossible(self, step: int) -> int:
-        """Values in this rank's newest audited snapshot that training cannot have produced."""
-        return 0 if self._ring is None else self._ring.impossible(step)
+    def impossible(self) -> int:
+        """Values in this rank's newest audited snapshot that training cannot have produced; asked once an attempt."""
+        return 0 if self._ring is None else self._ring.impossible()
 
     def perform(self, verdict: Rollback, stats: StepStats) -> Position | None:
         """Go back. Returns where the run stands now; None: there is no state to go back to. A collective."""

@@ -34,7 +34,7 @@ _FP16_SCALE_SEARCH = 32
 RECENT = 256
 """Accepted steps whose batch is remembered: the widest window that a rollback can leave out."""
 _AUDIT_DELAY = 2
-"""Steps after which the audit of a snapshot is known."""
+"""The audit of the state of step s is known when step s + 2 is judged."""
 _CLOSE_AFTER = 5
 """An incident is closed unverified after so many times `guard.verify` steps."""
 
@@ -76,7 +76,8 @@ class Rungs:
         clip, scales = self._clipper.limits(stats)
         self._watch.accept(stats.step, stats.loss, stats.grad_norm, stats.parts)
         self._clipper.accept(stats)
-        self._norms.accept(stats.parameter_norms)
+        if self._names:
+            self._norms.accept(stats.parameter_norms)
         self._recent.append((stats.step, stats.batch_index))
         self._ladder.consecutive_skips, self._left_out_last = 0, None
         if self._pin is not None and stats.step > self._pin:
@@ -216,7 +217,7 @@ class Rungs:
         if ranks.impossible.size and (ranks.impossible > 0).any():
             who = attribution.named([int(rank) for rank in np.flatnonzero(ranks.impossible)], self._hosts)
             text = f"the state of {who} holds values that no training step can produce: its memory is at fault"
-            return self._rank_fault(stats, "audit", text, stats.step - 2 - _AUDIT_DELAY)
+            return self._rank_fault(stats, "audit", text, stats.step - _AUDIT_DELAY - 1)
         return self._compare_replicas(stats, ranks)
 
     def _compare_replicas(self, stats: StepStats, ranks: RankStats) -> Verdict | None:

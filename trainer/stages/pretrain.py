@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,13 @@ class Pretraining:
 
     def run(self) -> Ending:
         """Train to the end or until asked to stop."""
-        setting, config = self.setting, self.setting.config
+        with self.parts() as parts:
+            return train(parts, self.progress)
+
+    @contextmanager
+    def parts(self) -> Iterator[Parts]:
+        """What the loop works with; threads and buffers end with the context."""
+        config = self.setting.config
         with ExitStack() as stack:
             stack.callback(self.reports.close)
             stack.callback(self.stream.close)
@@ -125,7 +131,7 @@ class Pretraining:
                 every=config.snapshots.every or 1,
                 load=self._load_at_most,
             )
-            parts = Parts(
+            yield Parts(
                 config=config,
                 steps=self.numbers.steps,
                 engine=self.engine,
@@ -133,13 +139,12 @@ class Pretraining:
                 guard=self.guard,
                 recovery=recovery,
                 telemetry=self.telemetry,
-                timer=make_timer(setting, self.numbers),
-                stop=setting.stop,
+                timer=make_timer(self.setting, self.numbers),
+                stop=self.setting.stop,
                 learning_rate=partial(learning_rate, config.optim, config.schedule, self.numbers),
                 evaluate=self._evaluate,
                 save=self._save,
             )
-            return train(parts, self.progress)
 
     def outcome(self, ending: Ending) -> Outcome:
         """Why a start ended that ended well."""

@@ -263,8 +263,8 @@ def test_a_rank_whose_replica_differs_is_named_by_the_repeated_steps() -> None:
 
 def test_impossible_values_in_a_snapshot_go_back_before_it() -> None:
     guard = make_guard()
-    train(guard, 52)
-    found = stats_of(53, 52)
+    train(guard, 51)
+    found = stats_of(52, 51)
     verdict = guard.judge(replace(found, ranks=replace(found.ranks, impossible=np.array([0.0, 2.0]))))
     assert isinstance(verdict, Rollback)
     assert verdict.to_step == 49, "the snapshot of step 50 is the one with the values"
