@@ -87,9 +87,9 @@ class Rungs:
         return Step(clip, scales, self._ladder.cooling.scale(stats.step))
 
     def _progress(self, incident: Incident, stats: StepStats) -> None:
-        if incident.kind == "state" and stats.step == incident.furthest + 1:
+        if incident.redone and incident.kind != "transient" and stats.step == incident.furthest + 1:
             incident.kind = "transient"
-            text = "the same steps with the same data gave no alarm this time: it was a fault of the hardware"
+            text = "the same steps with the same data gave no alarm this time: it was a transient fault, not the data"
             self._say("replayed", stats, text)
         incident.accepted(stats.step, stats.loss)
         if incident.clean < self._config.verify:
@@ -207,16 +207,17 @@ class Rungs:
         """What the ranks say of each other, before anything is concluded from numbers that may be wrong."""
         ranks = stats.ranks
         if not stats.agree:
-            odd = attribution.odd_ranks(ranks.digests) if ranks.digests.size else []
-            who = f": {attribution.named(odd, self._hosts)}" if odd else ""
+            odd = attribution.odd_ranks(ranks.digests)
+            who = f": {'one of ' if len(odd) == len(ranks.digests) else ''}{attribution.named(odd, self._hosts)}"
             text = f"the ranks' decisions or their grounds differ after attempt {stats.attempt - 1}{who}"
             repeated = self._ladder.open is not None and self._ladder.open.kind == "disagreement"
             return self._rank_fault(stats, "disagreement", text, stats.step - 2, repeated)
         if self._config.mode == "off":
             return None
         if ranks.impossible.size and (ranks.impossible > 0).any():
-            who = attribution.named([int(rank) for rank in np.flatnonzero(ranks.impossible)], self._hosts)
-            text = f"the state of {who} holds values that no training step can produce: its memory is at fault"
+            bad = [int(rank) for rank in np.flatnonzero(ranks.impossible)]
+            text = f"the state of {attribution.named(bad, self._hosts)} holds values that no training step can produce"
+            text += ": an update was wrong" if len(bad) == len(ranks.impossible) > 1 else ": its memory is at fault"
             return self._rank_fault(stats, "audit", text, stats.step - _AUDIT_DELAY - 1)
         return self._compare_replicas(stats, ranks)
 

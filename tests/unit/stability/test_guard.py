@@ -140,7 +140,7 @@ def test_harmed_weights_go_back_and_do_the_same_steps_again_and_then_nothing_was
     assert guard.pin == 38
     train(guard, 40, first=26)
     texts = [event.text for event in guard.drain()]
-    assert any("a fault of the hardware" in text for text in texts)
+    assert any("a transient fault, not the data" in text for text in texts)
     assert guard.incident == 0
     assert guard.left_out == ()
 
