@@ -1,4 +1,4 @@
-# make demo     install, then train a small model on Python's own standard library (about six minutes on two cores)
+# make demo     install, then train a small model on Python's own standard library, with faults put in (about six minutes)
 # make install  .venv with everything that a run needs
 # make test     the tests          make check  lint, types, import directions
 # make bench    the figures of benchmarks/results          make clean  forget caches; environment and runs stay
@@ -18,8 +18,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 .PHONY: demo install install-dev test check bench clean FORCE
 .DELETE_ON_ERROR:
 
+# Three faults on purpose: a rank computes NaN once, five batches are noise, a bit flips in the weights of a rank.
+FAULTS := faults=["at(step=120, rank=1).gradient_is_nan()", "batches(200, 204).random_tokens()", "at(step=330, rank=0).flip_bit_in_weight()"]
+
 demo: $(VENV)/installed
-	$(BIN)/trimtab run configs/quickstart.yaml
+	$(BIN)/trimtab run configs/quickstart.yaml name=demo '$(FAULTS)'
 
 install: $(VENV)/installed
 
@@ -37,6 +40,10 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/detector.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/rollback.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

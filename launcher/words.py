@@ -35,6 +35,8 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
         rows.append(("step", f"{outcome['step']} of {outcome.get('steps', '?')}"))
     if (held_out := outcome.get("held_out_loss")) is not None:
         rows.append(("held-out loss", f"{held_out:.4f} nats a token{_beside(unigram_entropy(root))}"))
+    if num_incidents := len(list((root / "incidents").glob("[0-9]*/report.md"))):
+        rows.append(("incidents", f"{num_incidents}, each with a report in {_path(root / 'incidents')}"))
     if files.tensorboard.is_dir():
         # by itself TensorBoard keeps 1,000 points of a curve, and so drops spikes
         rows.append(("TensorBoard", f"tensorboard --logdir {_path(files.tensorboard)} {KEEP_EVERY_POINT}"))
