@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.engine.audit import Updates
 from trainer.engine.checksum import persistent_buffers
 from trainer.engine.gradients import Fragment
 from trainer.engine.zero import Engine
@@ -69,6 +70,10 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
     for index, flat in enumerate(flats):
         state = engine.shards.optimizer_state(index)
         prefix = f"flat.{index}."
+        scalars = numbers["scalars"].get(str(index), {})
+        for key in [key for key in state if f"{prefix}{key}" not in tensors and key not in scalars]:
+            # a state from before the first step has no moments: the optimizer makes them anew
+            del state[key]
         for name in [name for name in tensors if name.startswith(prefix)]:
             key = name.removeprefix(prefix)
             left.discard(name)
@@ -79,7 +84,7 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
             else:
                 shape = engine.shards.master_shape(index)
                 state[key] = tensors[name].to(flat.device, copy=True).view(shape)
-        for key, value in numbers["scalars"].get(str(index), {}).items():
+        for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
                 state[key].fill_(value)
             else:
@@ -95,6 +100,19 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
     for name, value in numbers["counters"].items():
         setattr(engine.deepspeed, name, value)
     engine.shards.publish()
+    engine.updates = Updates()
+
+
+@torch.no_grad()
+def reset_moments(engine: Engine) -> None:
+    """Adam's moments and its step counts as at the start of a run; weights and schedule stay."""
+    for index, flat in enumerate(engine.shards.flats()):
+        state = engine.shards.optimizer_state(index)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif key == "step":
+                state[key] = engine.shards.scalar_state(key, 0, flat)
 
 
 def _fragment_to_json(fragment: Fragment) -> dict[str, Any]:
