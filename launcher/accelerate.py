@@ -106,10 +106,10 @@ def environment(layout: Layout) -> dict[str, str]:
     return settings
 
 
-def accelerate_argv(run: Path, python: str = sys.executable) -> list[str]:
-    """`accelerate launch` with this Python, whatever is on the PATH."""
+def accelerate_argv(run: Path, python: str = sys.executable, module: str = "trainer") -> list[str]:
+    """`accelerate launch` of `module` with this Python, whatever is on the PATH."""
     launcher = [python, "-m", "accelerate.commands.launch"]
-    return [*launcher, "--config_file", str(run / "accelerate.yaml"), "-m", "trainer", str(run)]
+    return [*launcher, "--config_file", str(run / "accelerate.yaml"), "-m", module, str(run)]
 
 
 def ways_to_start(layout: Layout, run: Path, port: int = MULTI_NODE_PORT) -> list[Command]:

@@ -175,6 +175,32 @@ def export(
 
 
 @app.command()
+def drill(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    faults: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--faults", metavar="NAME", help="Faults by name (a,b,c), or one as a sentence; may be given again."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of each run.")] = 80,
+    ranks: RanksOption = None,
+    stage: Annotated[int | None, typer.Option(min=0, max=3, metavar="Z", help="ZeRO stage (zero.stage).")] = None,
+) -> None:
+    """Put faults into a short run of this config, one after the other, and show how each ends."""
+    from launcher import drill as drills
+
+    chosen = [*(overrides or ()), *(() if stage is None else (f"zero.stage={stage}",))]
+    chosen += [] if ranks is None else [f"cluster.ranks_per_node={ranks}"]
+    report = drills.drill(config, chosen, faults or (), steps, _say)
+    _console().print(drills.table(report))
+    for line in drills.closing(report):
+        print(line, flush=True)
+    raise typer.Exit(0 if drills.passed(report) else 1)
+
+
+@app.command()
 def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Also let two processes talk to each other.")] = False,
     folder: Annotated[Path, typer.Option("--runs", metavar="RUNS", help="Where runs will be written.")] = Path("runs"),

@@ -1,0 +1,100 @@
+"""The faults of the drill, placed in a run of given length, and what is expected of each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.errors import ConfigError
+from trainer.faults.parse import parse_fault
+from trainer.faults.sentence import Fault, Kind, all_of, at, batches
+
+REQUEST, REPORT = "request.json", "drill.json"
+"""In the directory of a drill: which faults are wanted; what became of them."""
+
+MIN_STEPS = 40
+"""Of a drill: the guard knows what is usual before a fault strikes, and there is time to recover after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """One fault, and how it should end."""
+
+    name: str
+    fault: Fault
+    ends: Literal["completed", "halted"] = "completed"
+    """`halted` where nothing can be recovered."""
+    must_notice: bool = True
+    """Not seeing it is a failure even where the result is as good."""
+    says: tuple[str, ...] = ()
+    """What the diagnosis of a halt must hold."""
+
+
+def catalogue(steps: int, ranks: int, stage: int) -> tuple[Exercise, ...]:
+    """Every fault of the drill that can happen to so many ranks in this ZeRO stage, in the middle of the run."""
+    middle = steps // 2
+    last = ranks - 1
+    window = batches(middle, middle + 5)
+    flip = at(step=middle).flip_bit_in_weight()
+    exercises = [
+        Exercise("gradient-nan", at(step=middle, rank=last).gradient_is_nan()),
+        Exercise("gradient-huge", at(step=middle, rank=last).gradient_times(1000)),
+        Exercise("gradient-bit", at(step=middle).flip_bit_in_gradient()),
+        Exercise("weight-bit", flip),
+        Exercise("moment-bit", at(step=middle).flip_bit_in_moment()),
+        Exercise("second-moment-bit", at(step=middle).flip_bit_in_second_moment()),
+        Exercise("replica-bit", at(step=middle, rank=last).flip_bit_in_replica()),
+        Exercise("data-nan", at(batch=middle).data_is_nan()),
+        Exercise("random-tokens", window.random_tokens()),
+        Exercise("one-token", window.one_token()),
+        Exercise("shuffled-labels", window.shuffled_labels()),
+        Exercise("learning-rate", at(step=middle).learning_rate_times(30, steps=3)),
+        Exercise("drift", batches(middle - steps // 8, middle + steps // 8).drift(0.03), must_notice=False),
+        Exercise("second-incident", all_of(flip, at(step=middle - 2, rank=last, visit=2).gradient_is_nan())),
+        Exercise("corrupt-snapshot", all_of(at(step=middle - 10).corrupt_snapshot(), flip)),
+        Exercise("disagreement", at(step=middle, rank=last).disagree()),
+        Exercise(
+            "broken-rank",
+            at(step=middle, rank=last).gradient_is_nan().every_time(),
+            ends="halted",
+            says=(f"rank {last}",),
+        ),
+    ]
+    return tuple(exercise for exercise in exercises if _possible(exercise, ranks, stage))
+
+
+def _possible(exercise: Exercise, ranks: int, stage: int) -> bool:
+    kinds = {strike.kind for strike in exercise.fault.strikes}
+    if ranks == 1 and kinds & {Kind.DISAGREE, Kind.FLIP_BIT_IN_REPLICA}:
+        return False
+    return stage < 3 or Kind.FLIP_BIT_IN_REPLICA not in kinds
+
+
+def choose(exercises: Sequence[Exercise], wanted: Sequence[str]) -> tuple[Exercise, ...]:
+    """Those with the wanted names (several with commas between them), and faults given as sentences; all of them
+    where nothing is wanted.
+
+    Raises:
+        ConfigError: with every word that is neither.
+    """
+    by_name = {exercise.name: exercise for exercise in exercises}
+    chosen, problems = [], []
+    for word in (word for words in wanted for word in ([words] if "(" in words else words.split(","))):
+        if word in by_name:
+            chosen.append(by_name[word])
+        elif "(" in word:
+            try:
+                fault = parse_fault(word)
+            except ValueError as error:
+                problems.append(("--faults", str(error)))
+            else:
+                chosen.append(Exercise(str(fault), fault, must_notice=False))
+        else:
+            close = difflib.get_close_matches(word, by_name, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(by_name)}"
+            problems.append(("--faults", f"{word!r} is no fault that can happen here; {hint}"))
+    if problems:
+        raise ConfigError(problems, "the command line")
+    return tuple(chosen) if wanted else tuple(exercises)
