@@ -34,6 +34,8 @@ class RunView:
         self.start: Record | None = None
         self.attempt: Record | None = None
         """The newest attempt that was applied."""
+        self.newest: Record | None = None
+        """The newest attempt."""
         self.evaluation: Record | None = None
         self.checkpoint: Record | None = None
         self.outcome: Record | None = None
@@ -51,15 +53,17 @@ class RunView:
         match record["kind"]:
             case "start":
                 self.start, self.attempt, self.outcome = record, None, None
-                self.step = record["resumed_step"]
-                self._losses.rewind(self.step)
+                self.newest = None
                 self._recent.clear()
-                if self.evaluation and self.evaluation["step"] > self.step:
-                    self.evaluation = None
-            case "attempt" if record["applied"]:
-                self.attempt, self.step = record, record["step"]
-                self._losses.add(record["step"], record["loss"])
-                self._recent.append(record)
+                self._go_back(record["resumed_step"])
+            case "attempt":
+                self.newest = record
+                if record["applied"]:
+                    self.attempt, self.step = record, record["step"]
+                    self._losses.add(record["step"], record["loss"])
+                    self._recent.append(record)
+            case "rewind":
+                self._go_back(record["to_step"])
             case "evaluation":
                 self.evaluation = record
             case "checkpoint":
@@ -69,6 +73,12 @@ class RunView:
         heard = notice(record)
         if heard:
             self._notices.append((record["time"], *heard))
+
+    def _go_back(self, step: int) -> None:
+        self.step = step
+        self._losses.rewind(step)
+        if self.evaluation and self.evaluation["step"] > step:
+            self.evaluation = None
 
     @property
     def time_left(self) -> float | None:
@@ -130,7 +140,8 @@ class RunView:
         norm = Text(_compact(attempt["grad_norm"]), _alarm(attempt["grad_norm"]))
         if attempt["clipped"]:
             norm.append(f" → {attempt['clip']:g}", "yellow")
-        norm.append(f"  (clipped {attempt['num_clipped'] / attempt['step']:.0%})", "dim")
+        norm.append(f"  (clipped {self._mean('clipped'):.0%})", "dim")
+        newest = self.newest or attempt
         held_out = Text("–")
         if self.evaluation is not None:
             held_out = Text(f"{self.evaluation['loss']:.4f}", _alarm(self.evaluation["loss"]))
@@ -146,8 +157,10 @@ class RunView:
             ("waiting for data", f"{self._waiting():.1%}"),
             ("FLOP utilisation", utilisation),
             ("memory a rank", f"{attempt['memory_bytes'] / (1 << 30):.2f} GiB"),
-            ("skipped", Text(str(attempt["num_skipped"]), "yellow" if attempt["num_skipped"] else "")),
+            ("skipped", _loud(newest["num_skipped"])),
             ("epoch", str(attempt["epoch"])),
+            ("incidents", _incidents(newest)),
+            ("left out", _left_out(newest)),
             ("saved", saved),
             ("seconds a step", f"{self._mean('seconds'):.3g}"),
         ]
@@ -195,6 +208,24 @@ def notice_line(time_of: float, level: str, text: str) -> Text:
     clock = time.strftime("%H:%M:%S", time.localtime(time_of))
     label = "" if level == "info" else f"{level}: "
     return Text.assemble((f"{clock} ", "dim"), (f"{label}{text}", _STYLES[level]))
+
+
+def _loud(count: int) -> Text:
+    return Text(str(count), "yellow" if count else "")
+
+
+def _incidents(newest: Record) -> Text:
+    text = _loud(max(newest.get("num_incidents", 0), newest.get("incident", 0)))
+    if newest.get("incident"):
+        text.append(", now open", "bold yellow")
+    elif rollbacks := newest.get("num_rollbacks"):
+        text.append(f", {rollbacks} rollback{'' if rollbacks == 1 else 's'}")
+    return text
+
+
+def _left_out(newest: Record) -> Text:
+    count = newest.get("num_quarantined", 0)
+    return Text(f"{count} batch{'' if count == 1 else 'es'}", "yellow" if count else "")
 
 
 def _alarm(value: float) -> str:

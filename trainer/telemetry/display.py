@@ -73,6 +73,8 @@ class ConsoleView:
                     self._lines.append(Text(self._view.line()))
                     self._num_lines += 1
                     self._next_line = time.monotonic() + _LINE_EVERY_SECONDS
+            case "rewind":
+                self._num_lines = 0
             case "evaluation":
                 perplexity = math.exp(min(record["loss"], 700))
                 text = f"held-out loss {record['loss']:.4f}  perplexity {perplexity:.2f}  at step {record['step']}"

@@ -11,7 +11,10 @@ from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from trainer.telemetry.heatmap import Picture
+
 _FLUSH_SECONDS = 5
+_RGBA = 4
 
 
 class EventFile:
@@ -31,6 +34,15 @@ class EventFile:
         """A card on the text page."""
         metadata = text_metadata.create_summary_metadata(display_name="", description="")
         self._add(step, time, _string_summary(tag, markdown.encode(), metadata, scalar=False))
+
+    def image(self, tag: str, picture: Picture, step: int, time: float) -> None:
+        """A picture on the images page."""
+        summary = summary_pb2.Summary()
+        image = summary.Image(
+            height=picture.height, width=picture.width, colorspace=_RGBA, encoded_image_string=picture.png
+        )
+        summary.value.add(tag=tag, image=image)
+        self._add(step, time, summary)
 
     def layout(self, layout: layout_pb2.Layout, time: float) -> None:
         """The charts of the custom-scalars page."""

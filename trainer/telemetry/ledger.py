@@ -161,6 +161,15 @@ def surviving(path: Path) -> Iterator[Record]:
     """The records of a ledger without those of steps that were done again, after a resume or a rollback. Attempts that
     were not applied are kept where the step that they tried stands; the rollbacks of the run's history are kept.
 
+    Raises:
+        RunDirectoryError: there is no ledger at `path`.
+    """
+    return (record for record, survives in history(path) if survives)
+
+
+def history(path: Path) -> Iterator[tuple[Record, bool]]:
+    """Every record of a ledger, and whether it survives: see `surviving`.
+
     Reads the file twice rather than hold it in memory.
 
     Raises:
@@ -189,21 +198,21 @@ def surviving(path: Path) -> Iterator[Record]:
     for _, record in reversed(rewinds):
         floors.insert(0, min(floors[0], record["to_step"]))
 
-    def survivors() -> Iterator[Record]:
+    def told() -> Iterator[tuple[Record, bool]]:
         attempt = passed = 0
         for number, record in enumerate(read_ledger(path)):
             attempt = record.get("attempt", attempt)
             while passed < len(rewinds) and rewinds[passed][0] <= number:
                 passed += 1
+            survives = True
             if record["kind"] in _OF_A_STEP:
                 highest = min(limits.get(record["start"], (math.inf, math.inf))[0], floors[passed])
-                if record["step"] > highest or not in_history(record, attempt):
-                    continue
-            elif record["kind"] == "rewind" and not in_history(record, attempt):
-                continue
-            yield record
+                survives = record["step"] <= highest and in_history(record, attempt)
+            elif record["kind"] == "rewind":
+                survives = in_history(record, attempt)
+            yield record, survives
 
-    return survivors()
+    return told()
 
 
 def notice(record: Record) -> tuple[str, str] | None:
@@ -212,10 +221,8 @@ def notice(record: Record) -> tuple[str, str] | None:
         case "message":
             return record["level"], record["text"]
         case "incident":
-            level = _LEVELS.get(record["phase"], "warning")
-            return level, f"{of_incident(record)}{record['phase'].replace('notice', 'guard')}: {record['text']}"
-        case "rewind":
-            return "warning", _rewound(record)
+            whose = f"incident {record['incident']} {record['phase']}" if record["incident"] else "guard"
+            return _LEVELS.get(record["phase"], "warning"), f"{whose}: {record['text']}"
         case "attempt" if not record["applied"]:
             return _not_applied(record)
         case "attempt" if not record["agree"]:
@@ -226,32 +233,19 @@ def notice(record: Record) -> tuple[str, str] | None:
     return None
 
 
-def of_incident(record: Record) -> str:
-    """What a line about an incident begins with; empty where the record belongs to none."""
-    return f"incident {record['incident']} · " if record.get("incident") else ""
-
-
 def batches(first: int, last: int) -> str:
     """A range of batches in words."""
     return f"batch {first}" if first == last else f"batches {first}–{last}"
 
 
-def _rewound(record: Record) -> str:
-    ends = record["quarantine"]
-    left_out = "the same data again" if ends is None else f"{batches(*ends)} left out from now on"
-    return (
-        f"{of_incident(record)}rolled back from step {record['from_step']} to step {record['to_step']} "
-        f"({record['source']}, {record['seconds']:.2g} s), {left_out}: {record['reason']}"
-    )
-
-
 def _not_applied(record: Record) -> tuple[str, str] | None:
-    verdict = record["verdict"]
-    if verdict in ("replay", "rollback") and record.get("incident"):
+    if record.get("incident"):
         return None  # the incident's own lines tell it
     reason = record["reason"] or f"the update overflowed at loss scale {record['loss_scale']:g}"
-    verb = {"halt": "halted at", "replay": "computes once more", "rollback": "rolls back at"}.get(verdict, "skipped")
-    return "warning", f"{of_incident(record)}{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
+    verb = {"halt": "halted at", "replay": "computes once more", "rollback": "rolls back at"}.get(
+        record["verdict"], "skipped"
+    )
+    return "warning", f"{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
 
 
 def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:

@@ -261,6 +261,7 @@ class Telemetry:
         self._write(lambda: {"kind": "rewind", **asdict(rewind), **counts})
 
     def record_incident(self, event: IncidentEvent) -> None:
+        self._counts["num_incidents"] = max(self._counts["num_incidents"], event.incident)
         fields = asdict(event)
         fields["batch"] = fields.pop("batch_index")
         fields["numbers"] = {name: float(value) for name, value in event.numbers.items()}
@@ -330,10 +331,10 @@ _VERDICTS: Mapping[type, str] = {
     Halt: "halt",
 }
 
-COUNTS = ("num_skipped", "num_clipped", "num_rollbacks", "num_quarantined")
+COUNTS = ("num_skipped", "num_clipped", "num_incidents", "num_rollbacks", "num_quarantined")
 """Counts over the history that led to the present weights: attempts that were not applied, updates that were clipped,
-rollbacks, batches left out. A rollback does not take them back, since what it undid did happen; a start that resumes
-from a checkpoint does take back what came after the checkpoint, since that will happen again."""
+incidents, rollbacks, batches left out. A rollback does not take them back, since what it undid did happen; a start
+that resumes from a checkpoint does take back what came after the checkpoint, since that will happen again."""
 
 
 def clips(verdict: Step, grad_norm: float) -> bool:

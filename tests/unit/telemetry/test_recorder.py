@@ -83,6 +83,7 @@ def test_an_attempt_is_recorded_whole(tmp_path: Path) -> None:
         "quarantined": False,
         "num_skipped": 0,
         "num_clipped": 1,
+        "num_incidents": 0,
         "num_rollbacks": 0,
         "num_quarantined": 0,
         "seconds": 0.25,

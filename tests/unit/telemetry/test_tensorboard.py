@@ -14,8 +14,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from trainer.config.schema import TelemetryConfig
 from trainer.errors import RunDirectoryError
-from trainer.records import Outcome, Position, Skip, Step, StepStats, Timing
-from trainer.telemetry import tensorboard as tb
+from trainer.records import Outcome, Position, Skip, Step, StepStats, Structure, Timing
+from trainer.telemetry import scalars as tb
+from trainer.telemetry import tensorboard
 from trainer.telemetry.recorder import RunFacts, Telemetry
 
 NAMES = (
@@ -51,7 +52,8 @@ def attempt(telemetry: Telemetry, number: int, step: int, loss: float, finite: b
         parameter_norms=norms,
     )
     timing = Timing(0.25, 0.0625, 256.0, 0.5, 1 << 30)
-    telemetry.record_attempt(stats, Step(16.0) if finite else Skip("not finite"), timing, 1e-3 * step, 0, finite)
+    verdict = Step(16.0) if finite else Skip("not finite")
+    telemetry.record_attempt(stats, verdict, timing, 1e-3 * step, 0, finite, {"loss": loss})
 
 
 def close(telemetry: Telemetry) -> None:
@@ -85,7 +87,9 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
     losses = [8.0, 4.0, 2.0, 1.0]
     for step, loss in enumerate(losses, 1):
         attempt(telemetry, step, step, loss)
-    telemetry.record_weights(4, NORMS, np.array([0.1, 0.3, 0.4, 0.0, 0.0, 0.2]))
+    ratios = np.array([0.1, 0.3, 0.4, 0.0, 0.0, 0.2])
+    telemetry.record_structure(4, Structure(np.array([3.0, 7.0]), 12.0, NORMS, ratios))
+    telemetry.record_snapshot(4, 0.0625, 1000)
     telemetry.record_evaluation(2, math.log(7.0), 100, 1.5)
     telemetry.record_evaluation(4, math.nan, 100, 1.5)
     telemetry.record_checkpoint(4, "step-00000004", 0.75, 1000)
@@ -108,6 +112,14 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
         "1 stability/non-finite gradient elements": constant(0),
         "1 stability/skipped attempts": constant(0),
         "1 stability/updates clipped": clipped,
+        "1 stability/updates clipped: share of the last 100": [(step, count / step) for step, count in clipped],
+        "1 stability/incident": constant(0),
+        "1 stability/rollbacks": constant(0),
+        "1 stability/quarantined batches": constant(0),
+        "1 stability/spike score: loss": of_loss(1),
+        "4 largest attention logits/layer 00": [(4, 3)],
+        "4 largest attention logits/layer 01": [(4, 7)],
+        "4 largest output logit/all": [(4, 12)],
         "2 held-out/loss": [(2, math.log(7.0)), (4, math.nan)],
         "2 held-out/perplexity": [(2, 7.0), (4, math.nan)],
         "3 gradients by layer/embedding": of_loss(1),
@@ -133,6 +145,7 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
         "5 throughput/memory in GiB": constant(1),
         "5 throughput/seconds of an evaluation": [(2, 1.5), (4, 1.5)],
         "5 throughput/seconds of a checkpoint": [(4, 0.75)],
+        "5 throughput/seconds that a snapshot blocks": [(4, 0.0625)],
         "6 schedule/learning rate": [(step, 1e-3 * step) for step in range(1, 5)],
         "6 schedule/epoch": constant(0),
         "6 schedule/batch": [(step, step - 1) for step in range(1, 5)],
@@ -206,7 +219,7 @@ def test_cards_tell_the_run_its_config_and_what_was_said(tmp_path: Path) -> None
 def test_each_chart_of_the_layout_finds_its_curves(tmp_path: Path) -> None:
     telemetry = open_run(tmp_path)
     attempt(telemetry, 1, 1, 8.0)
-    telemetry.record_weights(1, NORMS, NORMS)
+    telemetry.record_structure(1, Structure(np.ones(2), 1.0, NORMS, NORMS))
     telemetry.record_evaluation(1, 5.0, 100, 1.0)
     close(telemetry)
     main = read(tmp_path / "tensorboard" / "main")
@@ -231,9 +244,9 @@ def test_each_chart_of_the_layout_finds_its_curves(tmp_path: Path) -> None:
 
 def test_rebuilding_what_never_ran_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="no ledger"):
-        tb.rebuild(tmp_path)
+        tensorboard.rebuild(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert tb.main([]) == tb.main([str(tmp_path)]) == 2
+    assert tensorboard.main([]) == tensorboard.main([str(tmp_path)]) == 2
 
 
 def test_rebuilding_needs_neither_torch_nor_tensorflow() -> None:
