@@ -1,4 +1,4 @@
-"""Where the guard would have acted on a saved curve. It cannot replay gradients or look at weights: it judges numbers."""
+"""Where the guard would have acted on a saved curve, as far as that can be told from its numbers."""
 
 from __future__ import annotations
 

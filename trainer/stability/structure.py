@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -217,5 +218,5 @@ def is_embedding(name: str) -> bool:
 def _grows(values: list[float], least: float) -> bool:
     if len(values) < GROWTH_OBSERVATIONS or values[-1] < least or values[0] <= 0:
         return False
-    rises = sum(later > earlier for earlier, later in zip(values, values[1:], strict=False))
+    rises = sum(later > earlier for earlier, later in pairwise(values))
     return values[-1] / values[0] > GROWTH and rises >= len(values) - 2

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from trainer.stability.detector import Channel, Tuning
@@ -13,14 +14,28 @@ from trainer.stability.detector import Channel, Tuning
 LOSS = "loss"
 GRADIENT = "gradient norm"
 
-LOSS_TUNING = Tuning("log", floor=0.005, first=0.05)
-GRADIENT_TUNING = Tuning("log", floor=0.05, first=0.5)
-PART_TUNING = Tuning("linear", floor=0.005, first=0.05)
+LOSS_TUNING = Tuning("log", floor=0.005, first=0.05, spread=0.1)
+"""Batches of millions of tokens have a σ of 0.5 % of the loss; a rise of 4 % is the least that is called sudden. Small
+batches have 3 to 15 %: 5 % is assumed until it is known."""
+GRADIENT_TUNING = Tuning("log", floor=0.05, first=0.5, spread=0.7)
+"""Norms differ by tens of percent between batches; values within a factor of two of each other are a level."""
+PART_TUNING = Tuning("linear", floor=0.02, first=0.05, spread=0.1)
+"""In units of the usual loss, since what a part adds to it is what matters: a z-loss close to 0 may double, an L2 term
+may grow for ever without noise, and a part may be negative. A sudden rise is at least 16 % of the loss."""
 
 GRADIENT_RATIO = 30.0
+"""Least ratio to the usual norm that alarms. Clean small runs reach 3 to 25 in single steps. Clipping and Adam make such
+a step harmless, since it moves the weights no further than any other; a gradient × 500 on one of 16 ranks is above."""
 FALL_RATIO = 2.0
+"""A loss that falls below half the usual one, and by twice the sudden threshold, in one step is an alarm too: nothing
+is learned that fast, so the batch is degenerate (one repeated token, duplicates of what was seen, labels in the input).
+Learned from, it harms the model, and taken into the history, it would make normal loss an alarm. Half is far from what
+happens by chance, and twice the threshold since the tail of easy batches is longer than that of hard ones."""
 NEW_LEVEL = 12
-_KEPT = 64
+"""Values in a row, all left out, that make a new level where they are consistent."""
+
+_NO_PARTS: Mapping[str, float] = MappingProxyType({})
+_Values = tuple[float, float, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +43,32 @@ class Alarm:
     """A value that should not be applied unseen."""
 
     channel: str
-    """"loss", "gradient norm", "loss: z_loss" …"""
+    """`loss`, `gradient norm`, `loss: z_loss` …"""
     kind: Literal["nonfinite", "spike", "drift"]
     value: float
     usual: float
+    """NaN where nothing was known."""
     score: float
-    """Robust standard deviations; of a drift, the height of the CUSUM. Negative: a fall."""
+    """Robust standard deviations (of a drift: height of the CUSUM); negative for a fall, infinite for `nonfinite`."""
     since_step: int
-    """A drift: its first step. Else the step itself."""
+    """Of a drift its first step, else the step itself."""
 
     @property
     def text(self) -> str:
-        """One clause for a person."""
+        """A clause for a person."""
         if self.kind == "nonfinite":
             return f"the {self.channel} is {self.value}"
         if self.kind == "drift":
             return (
-                f"the {self.channel} rose slowly from {self.usual:.4g} to {self.value:.4g} since step "
+                f"the {self.channel} has drifted from {self.usual:.4g} up to {self.value:.4g} since step "
                 f"{self.since_step} (CUSUM {self.score:.0f} σ)"
             )
-        where = "above" if self.score > 0 else "below"
-        return f"the {self.channel} {self.value:.4g} is {abs(self.score):.0f} σ {where} the usual {self.usual:.4g}"
+        side = "above" if self.score > 0 else "below"
+        return f"the {self.channel} {self.value:.4g} is {abs(self.score):.0f} σ {side} the usual {self.usual:.4g}"
 
 
 class Watch:
-    """Judges the loss, the gradient norm and the parts of a compound loss.
+    """Judges the loss, the gradient norm and the parts of a compound loss, each in its own channel.
 
     Args:
         spike: robust standard deviations of a sudden alarm.
@@ -65,130 +81,130 @@ class Watch:
         self._loss = Channel(LOSS_TUNING)
         self._gradient = Channel(GRADIENT_TUNING)
         self._parts: dict[str, Channel] = {}
-        self._rejected: list[tuple[float, float, dict[str, float]]] = []
+        self._rejected: list[_Values] = []
+        """The last ones since an attempt was accepted, at most `NEW_LEVEL`."""
         self._scores: dict[str, float] = {}
 
-    def look(self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = {}) -> tuple[Alarm, ...]:
+    def look(
+        self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = _NO_PARTS
+    ) -> tuple[Alarm, ...]:
         """The alarms of one attempt, worst first. Changes nothing but `scores`."""
         self._scores = {}
-        alarms = [
-            *self._judge(LOSS, self._loss, step, loss, drifts=True),
-            *self._judge(GRADIENT, self._gradient, step, grad_norm, drifts=False),
-        ]
+        alarms = self._judge(LOSS, self._loss, step, loss, drifts=True)
+        # a slow growth of the gradient is common while all goes well, and its harm shows in the loss
+        alarms += self._judge(GRADIENT, self._gradient, step, grad_norm, drifts=False)
         for name in sorted(parts):
             channel = self._parts.get(name) or Channel(PART_TUNING)
             alarms += self._judge(f"{LOSS}: {name}", channel, step, parts[name], drifts=True)
         order = ("nonfinite", "spike", "drift")
         return tuple(sorted(alarms, key=lambda alarm: (order.index(alarm.kind), -abs(alarm.score))))
 
-    def accept(self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = {}) -> None:
-        """The attempt was applied: its finite values enter the history."""
-        self._loss.accept(step, loss, self._unit)
+    def accept(self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = _NO_PARTS) -> None:
+        """The attempt was applied: what is finite of it enters the history."""
+        highest = 2 * self._drift
+        self._loss.accept(step, loss, self._unit(loss), highest=highest)
         self._gradient.accept(step, grad_norm)
+        unit = self._unit(loss)
         for name in sorted(parts):
-            self._parts.setdefault(name, Channel(PART_TUNING)).accept(step, parts[name], self._unit)
-        self._rejected.clear()
+            self._parts.setdefault(name, Channel(PART_TUNING)).accept(step, parts[name], unit, highest=highest)
+        self._rejected = []
 
-    def reject(self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = {}) -> None:
+    def reject(self, step: int, loss: float, grad_norm: float, parts: Mapping[str, float] = _NO_PARTS) -> None:  # noqa: ARG002
         """The attempt was left out: it only counts for the rule of the new level."""
-        self._rejected = [*self._rejected[1 - _KEPT :], (loss, grad_norm, dict(parts))]
+        self._rejected = [*self._rejected[1 - NEW_LEVEL :], (loss, grad_norm, dict(parts))]
 
     @property
     def new_level(self) -> bool:
-        """The last values were all left out, but are finite and consistent with each other."""
-        last = self._rejected[-NEW_LEVEL:]
-        if len(last) < NEW_LEVEL:
+        """The last 12 values or more were left out, but are finite, close to each other and not rising."""
+        if len(self._rejected) < NEW_LEVEL:
             return False
-        losses = [loss for loss, _, _ in last]
-        norms = [norm for _, norm, _ in last]
-        return _consistent(losses, 0.1) and _consistent(norms, 0.7)
+        losses, norms = [values[0] for values in self._rejected], [values[1] for values in self._rejected]
+        return self._loss.consistent(losses, self._unit()) and self._gradient.consistent(norms)
 
     def accept_level(self) -> None:
-        """Take the level of the values left out as the usual one."""
-        last = self._rejected[-NEW_LEVEL:]
-        self._loss.adopt([loss for loss, _, _ in last], self._unit)
-        self._gradient.adopt([norm for _, norm, _ in last])
+        """Take the level of the values that were left out as the usual one."""
+        self._loss.adopt([values[0] for values in self._rejected], self._unit())
+        self._gradient.adopt([values[1] for values in self._rejected])
         for name, channel in self._parts.items():
-            channel.adopt([parts[name] for _, _, parts in last if name in parts], self._unit)
-        self._rejected.clear()
+            channel.adopt([parts[name] for _, _, parts in self._rejected if name in parts], self._unit())
+        self._rejected = []
 
     @property
     def usual_loss(self) -> float:
-        """NaN before anything is known."""
+        """The loss that is expected next; NaN before anything is known."""
         return self._loss.usual
 
     @property
     def loss_scale(self) -> float:
         """Robust standard deviation of the log loss now in force."""
-        return self._loss.sigma(self._unit) / (1.0 if self._loss.logarithmic else self._unit)
+        sigma = self._loss.sigma(self._unit())
+        return sigma if self._loss.logarithmic else sigma / self._unit()
 
     @property
     def scores(self) -> dict[str, float]:
-        """Of the last look, by channel."""
+        """Of the last look, by channel: σ, and for `loss drift` and its like the height of the CUSUM."""
         return dict(self._scores)
 
     def fingerprint(self) -> int:
-        """32 bits of all that it judges by."""
-        value = zlib.crc32(self._loss.packed() + self._gradient.packed())
+        """32 bits of all that it judges by, to compare between ranks."""
+        value = zlib.crc32(self._gradient.packed(), zlib.crc32(self._loss.packed()))
         for name in sorted(self._parts):
-            value = zlib.crc32(name.encode() + self._parts[name].packed(), value)
+            value = zlib.crc32(self._parts[name].packed(), zlib.crc32(name.encode(), value))
         return zlib.crc32(repr(self._rejected).encode(), value)
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON (a rejected NaN stands as null)."""
+        """Plain JSON (null: a rejected value that was not finite)."""
         return {
             "loss": self._loss.state(),
             "gradient": self._gradient.state(),
-            "parts": {name: channel.state() for name, channel in self._parts.items()},
+            "parts": {name: self._parts[name].state() for name in sorted(self._parts)},
             "rejected": [
-                [_plain(loss), _plain(norm), {name: _plain(part) for name, part in parts.items()}]
+                [_plain(loss), _plain(norm), {name: _plain(value) for name, value in parts.items()}]
                 for loss, norm, parts in self._rejected
             ],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`: every later decision is the same."""
         self._loss.restore(state["loss"])
         self._gradient.restore(state["gradient"])
-        self._parts = {}
-        for name, channel in state["parts"].items():
-            self._parts[name] = Channel(PART_TUNING)
-            self._parts[name].restore(channel)
+        self._parts = {name: Channel(PART_TUNING) for name in state["parts"]}
+        for name, channel in self._parts.items():
+            channel.restore(state["parts"][name])
         self._rejected = [
-            (_float(loss), _float(norm), {name: _float(part) for name, part in parts.items()})
+            (_float(loss), _float(norm), {name: _float(value) for name, value in parts.items()})
             for loss, norm, parts in state["rejected"]
         ]
         self._scores = {}
 
-    @property
-    def _unit(self) -> float:
+    def _unit(self, loss: float = 1.0) -> float:
+        """What linear values are measured in: the usual loss, or this one before anything is known."""
         usual = self._loss.usual
-        return max(abs(usual), 1e-12) if math.isfinite(usual) else 1.0
+        size = abs(loss if math.isnan(usual) else usual)
+        return min(max(size, 1e-12), 1e150) if math.isfinite(size) else 1.0
 
     def _judge(self, name: str, channel: Channel, step: int, value: float, *, drifts: bool) -> list[Alarm]:
-        score, height = channel.score(value, self._unit), channel.climb(value, self._unit)
-        self._scores[name] = score
+        unit = self._unit()
+        score = self._scores[name] = channel.score(value, unit)
+        height = channel.climb(value, unit)
         if drifts:
             self._scores[f"{name} drift"] = height
         if not math.isfinite(value):
             return [Alarm(name, "nonfinite", value, channel.usual, math.inf, step)]
-        rise = channel.rise(value, self._unit)
-        least = math.log(GRADIENT_RATIO) if name == GRADIENT else 0.0
-        if score > self._spike and rise > least:
-            return [Alarm(name, "spike", value, channel.usual, score, step)]
-        if name == LOSS and score < -2 * self._spike and rise < -math.log(FALL_RATIO):
+        rise = channel.rise(value, unit)
+        sudden = score > self._spike and (name != GRADIENT or rise > math.log(GRADIENT_RATIO))
+        fallen = name == LOSS and score < -2 * self._spike and _fell(channel, value, rise)
+        if sudden or fallen:
             return [Alarm(name, "spike", value, channel.usual, score, step)]
         if drifts and height > self._drift:
-            since = min(channel.zero_step + 1, step)
-            return [Alarm(name, "drift", value, channel.usual_before_drift, height, since)]
+            return [Alarm(name, "drift", value, channel.usual_before_drift, height, min(channel.zero_step + 1, step))]
         return []
 
 
-def _consistent(values: list[float], spread: float) -> bool:
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        return False
-    logs = [math.log(value) for value in values]
-    middle = sorted(logs)[len(logs) // 2]
-    return sum(abs(y - middle) for y in logs) / len(logs) <= spread
+def _fell(channel: Channel, value: float, rise: float) -> bool:
+    if channel.logarithmic:
+        return rise < -math.log(FALL_RATIO)
+    return value < channel.usual - abs(channel.usual) / FALL_RATIO
 
 
 def _plain(value: float) -> float | None:
