@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-NEAR = (1 / 12, 1 / 32, 1.0)
-"""Rate of the level, rate of its slope, and the fraction of the slope that is expected to go on; for sudden alarms and
-the scale. Short enough to follow a warm-up, long enough that the level's own noise is a fifth of the values'."""
-FAR = (1 / 20, 1 / 100, 0.5)
-"""The same for drift. A curve flattens: with the whole slope the prediction undershoots every bend, and the bend looks
-like a drift; with none the level lags above a fall and hides one."""
+NEAR = (1 / 12, 1 / 32, 1.0, 4)
+"""For sudden alarms and the scale: rate of the level, rate of its slope, the fraction of the slope that is expected to go
+on, and how quickly the first values are followed (the n-th at a rate of 4 / (n + 4)). Short enough to follow a
+warm-up, long enough that the level's own noise is a fifth of the values'."""
+FAR = (1 / 20, 1 / 100, 0.5, 2)
+"""For drift. A curve flattens: with the whole slope the prediction undershoots every bend, and the bend looks like a
+drift; with none the level lags above a fall and hides one."""
 BASE_RATE = 1 / 200
 """Of the level that drift is measured from: of a rise over 40 steps it takes up a tenth."""
 BASE_MARGIN = 0.3
@@ -29,8 +30,11 @@ CORRELATION_RATE = 1 / 128
 """Of the correlation of neighbouring residuals."""
 MAX_CORRELATION = 0.8
 """That the CUSUM allows for: a drift correlates residuals too and must not hide itself."""
-FAMILIAR = 4
+ASSUMED = 4
 """Values that the assumed scale counts as, beside those seen."""
+FAMILIAR = 128
+"""Values after which the assumed scale is no longer a floor, which sinks linearly until then. In the first steps all
+batches are equally hard for a model that knows nothing; their differences show, and the scale grows, as it learns."""
 WIDENING = 4
 """Thresholds are (1 + 4 / values seen) times as wide: no blind steps, but little trust in little knowledge."""
 WINSOR = 4.0
@@ -62,8 +66,8 @@ class Tuning:
 class Follower:
     """A level that follows its values, and the slope of their fall. A fall is expected to go on, a rise never is."""
 
-    def __init__(self, rates: tuple[float, float, float]) -> None:
-        self._rate, self._slope_rate, self._damping = rates
+    def __init__(self, rates: tuple[float, float, float, float]) -> None:
+        self._rate, self._slope_rate, self._damping, self._quick = rates
         self.level = 0.0
         self.slope = 0.0
 
@@ -74,8 +78,9 @@ class Follower:
 
     def follow(self, y: float, count: int) -> None:
         """Take the `count`-th value; the first ones weigh more."""
-        level = self.expected + max(self._rate, 2 / (count + 2)) * (y - self.expected)
-        slope_rate = max(self._slope_rate, 1 / (count + 2))
+        first = self._quick / (count + self._quick)
+        level = self.expected + max(self._rate, first) * (y - self.expected)
+        slope_rate = max(self._slope_rate, first / 2)
         self.slope = min(0.0, self.slope + slope_rate * (level - self.level - self.slope))
         self.level = level
 
@@ -102,8 +107,8 @@ class Channel:
         self.residual = 0.0
         """The last one, in σ."""
         self.recent: tuple[float, ...] = ()
-        """The last three values: their median is what the levels follow, so that one freak, however far, moves
-        nothing, and a change that lasts is followed at once."""
+        """The last three values: the far level follows their median, the near one too where a value is beyond 4 σ. So
+        one freak, however far, moves nothing, and a change that lasts is followed at once."""
         self.height = 0.0
         """Of the CUSUM."""
         self.zero_step = 0
@@ -121,7 +126,8 @@ class Channel:
 
     def sigma(self, unit: float = 1.0) -> float:
         """Robust standard deviation now in force, of the log or of the value itself."""
-        return max(SIGMAS_OF_DEVIATION * self.deviation, self.tuning.floor * self._per(unit))
+        assumed = self.tuning.first * max(0.0, 1 - self.count / FAMILIAR)
+        return max(SIGMAS_OF_DEVIATION * self.deviation, max(self.tuning.floor, assumed) * self._per(unit))
 
     def score(self, value: float, unit: float = 1.0) -> float:
         """Robust standard deviations above what was expected; 0 while nothing is known, NaN for what is not finite."""
@@ -130,7 +136,7 @@ class Channel:
         return (self._y(value) - self.near.expected) / self._width(unit) if self.count else 0.0
 
     def rise(self, value: float, unit: float = 1.0) -> float:
-        """How far a finite value is above what was expected: difference of logs, or of values in units; 0 if unknown."""
+        """How far a finite value is above what was expected: as logs, or values in units; 0 if unknown."""
         return (self._y(value) - self.near.expected) / self._per(unit) if self.count else 0.0
 
     def climb(self, value: float, unit: float = 1.0) -> float:
@@ -167,10 +173,10 @@ class Channel:
         residual = _winsorised((y - self.near.expected) / sigma)
         self.correlation += CORRELATION_RATE * (residual * self.residual - self.correlation)
         self.residual = residual
-        self.deviation += max(SCALE_RATE, 1 / (self.count + FAMILIAR)) * (abs(residual) * sigma - self.deviation)
+        self.deviation += max(SCALE_RATE, 1 / (self.count + ASSUMED)) * (abs(residual) * sigma - self.deviation)
         self.recent = (*self.recent[-2:], y)
         middle = _median(self.recent)
-        self.near.follow(middle, self.count)
+        self.near.follow(y if abs(residual) < WINSOR else middle, self.count)
         self.far.follow(middle, self.count)
         self.base += max(BASE_RATE, 2 / (self.count + 2)) * (middle - self.base)
         self.base = min(self.base, self.far.level + BASE_MARGIN * sigma)

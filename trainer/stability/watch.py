@@ -14,18 +14,18 @@ from trainer.stability.detector import Channel, Tuning
 LOSS = "loss"
 GRADIENT = "gradient norm"
 
-LOSS_TUNING = Tuning("log", floor=0.005, first=0.05, spread=0.1)
+LOSS_TUNING = Tuning("log", floor=0.005, first=0.08, spread=0.1)
 """Batches of millions of tokens have a σ of 0.5 % of the loss; a rise of 4 % is the least that is called sudden. Small
-batches have 3 to 15 %: 5 % is assumed until it is known."""
-GRADIENT_TUNING = Tuning("log", floor=0.05, first=0.5, spread=0.7)
+batches have 3 to 15 %: 8 % is assumed until it is known."""
+GRADIENT_TUNING = Tuning("log", floor=0.05, first=0.3, spread=0.7)
 """Norms differ by tens of percent between batches; values within a factor of two of each other are a level."""
 PART_TUNING = Tuning("linear", floor=0.02, first=0.05, spread=0.1)
 """In units of the usual loss, since what a part adds to it is what matters: a z-loss close to 0 may double, an L2 term
 may grow for ever without noise, and a part may be negative. A sudden rise is at least 16 % of the loss."""
 
 GRADIENT_RATIO = 30.0
-"""Least ratio to the usual norm that alarms. Clean small runs reach 3 to 25 in single steps. Clipping and Adam make such
-a step harmless, since it moves the weights no further than any other; a gradient × 500 on one of 16 ranks is above."""
+"""Least ratio to the usual norm that alarms. Clean small runs reach 3 to 25 in single steps. Clipping and Adam make
+such a step harmless, since it moves the weights no further than any other; a gradient × 500 on one of 16 ranks is above."""
 FALL_RATIO = 2.0
 """A loss that falls below half the usual one, and by twice the sudden threshold, in one step is an alarm too: nothing
 is learned that fast, so the batch is degenerate (one repeated token, duplicates of what was seen, labels in the input).
