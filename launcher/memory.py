@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.config.memory import snapshot_bytes
 from trainer.config.resolve import Device, Precision, arithmetic
 from trainer.config.schema import RunConfig
 from trainer.records import ModelFacts
@@ -45,11 +46,13 @@ class RankMemory:
     update: int
     """Copies within the update."""
     snapshots: int
-    """Copies of the training state to go back to, in host memory."""
+    """Copies of the training state to go back to. On GPU they lie in host memory, which `needed` does not count."""
     process: int
     """What a process takes before it holds any model."""
     offloaded: int
     """What offloading moves from the device to host memory."""
+    host: int
+    """What the host must have for a rank: on GPU what was offloaded and the snapshots; on CPU all that is needed."""
     peak: int
     """Tensors and process at the fullest moment: the parts are not all there at once."""
     moment: Moment
@@ -133,7 +136,8 @@ def rank_memory(
 
     activations = activation_bytes(facts, config, element)
     process = PROCESS_BYTES[device]
-    always = process + kept + optimizer + (element * bucket if stage == 3 else 0)
+    snapshots = snapshot_bytes(config, partition)
+    always = process + kept + optimizer + (0 if on_gpu else snapshots) + (element * bucket if stage == 3 else 0)
     moments: dict[Moment, int] = {
         "backward": always + element * (gathered + carried) + activations,
         "reduction": always + element * (gathered + gradients + bucket * (buckets - (stage == 3))),
@@ -141,7 +145,8 @@ def rank_memory(
     }
     moment = max(moments, key=lambda name: moments[name])
     communication = element * bucket * (buckets + (stage == 3))
-    parts = [kept + element * gathered, element * gradients, optimizer, activations, communication, process]
+    parts = [kept + element * gathered, element * gradients, optimizer, activations, communication, snapshots, process]
+    needed = moments[moment] if on_gpu else max(sum(parts), moments[moment])
     return RankMemory(
         stage=stage,
         weights=kept + element * gathered,
@@ -150,12 +155,13 @@ def rank_memory(
         activations=activations,
         communication=communication,
         update=update,
-        snapshots=0,
+        snapshots=snapshots,
         process=process,
         offloaded=offloaded,
+        host=offloaded + snapshots if on_gpu else needed,
         peak=moments[moment],
         moment=moment,
-        needed=moments[moment] if on_gpu else max(sum(parts), moments[moment]),
+        needed=needed,
     )
 
 

@@ -46,6 +46,8 @@ class Plan:
     """ZeRO 0 to 3; empty while the model is not known."""
     rank_bytes: int | None
     """Memory for one rank: the smallest GPU's, or a rank's share of the host's. None: not known on this machine."""
+    host_bytes: int | None
+    """A rank's share of the host's memory. None: not known, since the run is for other machines."""
     notes: tuple[str, ...]
     """What the user should know before starting, one sentence each."""
 
@@ -76,6 +78,9 @@ def make_plan(
     numbers = arithmetic(config, ranks)
     memory = () if facts is None else memory_by_stage(facts, config, ranks, device, precision)
     rank_bytes = _rank_bytes(config, device, resources)
+    is_here = device == "cpu" or len(resources.gpus) >= cluster.ranks_per_node
+    host_bytes = resources.memory_bytes // cluster.ranks_per_node if is_here else None
+    chosen = memory[config.zero.stage] if memory else None
     return Plan(
         name=config.name,
         nodes=cluster.nodes,
@@ -94,10 +99,12 @@ def make_plan(
         stage=config.zero.stage,
         memory=memory,
         rank_bytes=rank_bytes,
+        host_bytes=host_bytes,
         notes=(
             *resources.notes,
             *_notes(config, device, precision, resources),
-            *_does_not_fit(memory, config.zero.stage, rank_bytes),
+            *_does_not_fit(memory, config.zero.stage, device, rank_bytes),
+            *_snapshots_do_not_fit(chosen, host_bytes),
         ),
     )
 
@@ -130,18 +137,31 @@ def _notes(config: RunConfig, device: Device, precision: Precision, resources: R
     return notes
 
 
-def _does_not_fit(memory: tuple[RankMemory, ...], stage: int, rank_bytes: int | None) -> list[str]:
-    """A sentence where the chosen stage does not fit, naming the stages that do."""
-    if rank_bytes is None or not memory or memory[stage].needed <= rank_bytes:
+def _does_not_fit(memory: tuple[RankMemory, ...], stage: int, device: Device, rank_bytes: int | None) -> list[str]:
+    """A sentence where the chosen stage does not fit, naming the stages that do. It never fails for snapshots."""
+    needed = [one.needed - (one.snapshots if device == "cpu" else 0) for one in memory]
+    if rank_bytes is None or not memory or needed[stage] <= rank_bytes:
         return []
-    fitting = [str(other.stage) for other in memory if other.needed <= rank_bytes]
+    fitting = [str(one.stage) for one, its in zip(memory, needed, strict=True) if its <= rank_bytes]
     way_out = (
         f"zero.stage {' or '.join(fitting)} would fit"
         if fitting
         else "no stage fits: lower batch.micro, or set model.activation_checkpointing"
     )
-    needed, there = as_bytes(memory[stage].needed), as_bytes(rank_bytes)
-    return [f"a rank needs about {needed} under zero.stage {stage}, and has {there}; {way_out}"]
+    there = as_bytes(rank_bytes)
+    return [f"a rank needs about {as_bytes(needed[stage])} under zero.stage {stage}, and has {there}; {way_out}"]
+
+
+def _snapshots_do_not_fit(memory: RankMemory | None, host_bytes: int | None) -> list[str]:
+    """A sentence where the host has no room for a rank's snapshots beside all else."""
+    if memory is None or host_bytes is None or not memory.snapshots or memory.host <= host_bytes:
+        return []
+    left = max(0, host_bytes - (memory.host - memory.snapshots))
+    return [
+        f"the snapshots of a rank take {as_bytes(memory.snapshots)} of host memory, and it has "
+        f"{as_bytes(left) if left else 'nothing'} left: the run will go back to checkpoints on disk instead; "
+        "lower snapshots.keep, or set checkpoint.every to what you can lose"
+    ]
 
 
 def as_bytes(number: int) -> str:
@@ -216,6 +236,11 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("needed", *(as_bytes(memory.needed) for memory in plan.memory))
     if plan.rank_bytes is not None:
         there = plan.rank_bytes
-        fits = ("yes" if memory.needed <= there else "no" for memory in plan.memory)
-        table.add_row(f"fits in {as_bytes(there)}", *fits)
+        bare = [memory.needed - (memory.snapshots if plan.device == "cpu" else 0) for memory in plan.memory]
+        fits = [memory.needed <= there for memory in plan.memory]
+        table.add_row(f"fits in {as_bytes(there)}", *("yes" if it_fits else "no" for it_fits in fits))
+        if fits != [its <= there for its in bare]:
+            table.add_row("  without snapshots", *("yes" if its <= there else "no" for its in bare))
+    if plan.device == "cuda":
+        table.add_row("needed on the host", *(as_bytes(memory.host) for memory in plan.memory))
     return table

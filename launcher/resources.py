@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from trainer.config.memory import host_memory_total
 
 MIB = 2**20
 FIRST_BF16_CAPABILITY = 8.0
@@ -44,7 +44,7 @@ def detect_resources() -> Resources:
     if gpus and not _torch_has_cuda():
         notes = (*notes, f"{len(gpus)} GPU(s) are not used: the installed torch is built without CUDA")
         gpus = ()
-    return Resources(cores=_cores(), memory_bytes=_memory(), gpus=gpus, notes=notes)
+    return Resources(cores=_cores(), memory_bytes=host_memory_total(), gpus=gpus, notes=notes)
 
 
 def _cores() -> int:
@@ -53,12 +53,6 @@ def _cores() -> int:
     if quota.isdigit() and period.isdigit():
         return max(1, min(allowed, int(quota) // int(period)))
     return allowed
-
-
-def _memory() -> int:
-    total = int(psutil.virtual_memory().total)
-    limit = _cgroup("memory.max").strip()
-    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def _cgroup(name: str) -> str:

@@ -160,7 +160,7 @@ def test_a_stage_that_does_not_fit_is_answered_with_those_that_do():
 
     def note(stage: int, memory_bytes: int) -> tuple[str, ...]:
         gpus = (dataclasses.replace(H100, memory_bytes=memory_bytes),) * 8
-        return make_plan(config_with(zero={"stage": stage}, **sections), facts, Resources(8, GIB, gpus)).notes
+        return make_plan(config_with(zero={"stage": stage}, **sections), facts, Resources(8, 4096 * GIB, gpus)).notes
 
     roomy = make_plan(config_with(**sections), facts, Resources(8, GIB, (H100,) * 8))
     needed = [memory.needed for memory in roomy.memory]
@@ -170,6 +170,30 @@ def test_a_stage_that_does_not_fit_is_answered_with_those_that_do():
     assert note(0, needed[2]) == (said + "zero.stage 2 or 3 would fit",)
     assert note(3, needed[3]) == ()
     assert note(3, needed[3] - 1)[0].endswith("no stage fits: lower batch.micro, or set model.activation_checkpointing")
+
+
+@pytest.mark.parametrize("gpus", [(), (H100, H100)])
+def test_snapshots_that_do_not_fit_the_host_are_said_and_nothing_else_fails_for_them(gpus):
+    roomy = make_plan(config_with(), FACTS, Resources(8, 64 * GIB, gpus))
+    memory = roomy.memory[2]
+    assert roomy.notes == ()
+
+    tight = Resources(8, 2 * (memory.host - 1), gpus)
+    plan = make_plan(config_with(), FACTS, tight)
+    assert plan.host_bytes == memory.host - 1
+    assert plan.notes == (
+        f"the snapshots of a rank take {as_bytes(memory.snapshots)} of host memory, and it has "
+        f"{as_bytes(memory.snapshots - 1)} left: the run will "
+        "go back to checkpoints on disk instead; lower snapshots.keep, or set checkpoint.every to what you can lose",
+    )
+    assert ("without snapshots" in text_of(config_with(), FACTS, tight)) == (gpus == ())
+    assert make_plan(config_with(snapshots={"every": None}), FACTS, tight).notes == ()
+
+
+def test_the_host_of_other_machines_is_not_known():
+    plan = make_plan(config_with(cluster={"device": "cuda", "ranks_per_node": 2}), FACTS, Resources(8, 1, (H100,)))
+    assert plan.host_bytes is None
+    assert not any("snapshots" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,27 @@ def test_offloading_moves_the_optimizer_and_then_the_weights_off_the_gpu():
     assert memory("all", "cpu").needed == memory("none", "cpu").needed
 
 
+def test_snapshots_are_kept_in_host_memory_by_every_rank():
+    def memory(device: Any = "cuda", stage: Any = 2, **sections: Any) -> Any:
+        return rank_memory(facts_with(), config_with(**sections), 4, device, "bf16", stage)
+
+    partition = 100 * MILLION // 4
+    assert memory().snapshots == 3 * 12 * partition
+    assert memory(stage=0).snapshots == 3 * 12 * 100 * MILLION
+    assert memory(snapshots={"keep": 1}).snapshots == 12 * partition
+    none = memory(snapshots={"every": None})
+    assert none.snapshots == memory(guard={"mode": "watch"}).snapshots == 0
+
+    # a GPU does not hold them, its host does, beside what was offloaded; on CPU they are part of it all
+    assert memory().needed == none.needed
+    assert (none.host, memory().host) == (0, memory().snapshots)
+    offloaded = memory(zero={"stage": 2, "offload": "optimizer"})
+    assert offloaded.host == offloaded.offloaded + offloaded.snapshots
+    on_cpu, bare = memory("cpu"), memory("cpu", snapshots={"every": None})
+    assert on_cpu.needed - bare.needed == on_cpu.peak - bare.peak == on_cpu.snapshots
+    assert on_cpu.host == on_cpu.needed
+
+
 def test_activations_by_hand():
     facts, config = facts_with(), config_with(micro=2, length=128)
     a_layer = 8 * 100 + 2 * 100 + 4 * 300
