@@ -40,7 +40,8 @@ def contestant(
     from trainer.config.files import RunFiles
     from trainer.loop import train
     from trainer.model.describe import describe
-    from trainer.stages.pretrain import Pretraining, Setting
+    from trainer.stages.build import Setting
+    from trainer.stages.pretrain import Pretraining
     from trainer.stop import StopRequest
     from trainer.telemetry.recorder import NoTelemetry
 

@@ -76,7 +76,8 @@ def ours(config: Any, ranks: Any, prepared: Any, folder: Path, stack: contextlib
     from trainer.config.files import RunFiles
     from trainer.loop import train
     from trainer.model.describe import describe
-    from trainer.stages.pretrain import Pretraining, Setting
+    from trainer.stages.build import Setting
+    from trainer.stages.pretrain import Pretraining
     from trainer.stop import StopRequest
 
     run = folder / config.name

@@ -3,69 +3,42 @@
 from __future__ import annotations
 
 import importlib.metadata
-import socket
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.manifest import Manifest, name_of
 from trainer.checkpoint.store import CheckpointStore, committed_steps
-from trainer.config.files import RunFiles
 from trainer.config.load import dump_config
-from trainer.config.resolve import Arithmetic, Device, Precision, arithmetic, deepspeed_config, fingerprint
-from trainer.config.schema import RunConfig
+from trainer.config.memory import shortage, snapshot_bytes
+from trainer.config.resolve import arithmetic, fingerprint
 from trainer.data.order import Order, Quarantine
-from trainer.data.prepared import Prepared
 from trainer.data.samples import Samples
 from trainer.data.stream import Stream as DataStream
 from trainer.data.stream import evaluation_batches
-from trainer.engine.injection import Injector
-from trainer.engine.ranks import Ranks
 from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_state, write_state
-from trainer.engine.zero import NO_INJECTION, Engine, Penalty
+from trainer.engine.zero import NO_INJECTION
 from trainer.errors import CheckpointError, ExitCode, TrimtabError
 from trainer.faults import Fault, poisoned
 from trainer.faults.inject import FaultInjector
 from trainer.loop import Ending, Parts, Progress, train
-from trainer.model.build import build_model
-from trainer.model.groups import parameter_groups
-from trainer.objectives.objective import make_objective
-from trainer.objectives.penalty import penalty_gradient, penalty_value
-from trainer.optim.build import build_optimizer
 from trainer.optim.schedule import learning_rate
-from trainer.records import ModelFacts, Outcome, Position
+from trainer.records import Outcome, Position
 from trainer.recovery import NoReports, Notes, Recovery, Stream
 from trainer.report.incident import IncidentReports
-from trainer.stability.guard import Guard
-from trainer.stop import StopRequest
+from trainer.stages.build import Setting, build_engine, make_guard, make_timer
 from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
-from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed"}
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Where a start of a run finds itself."""
-
-    files: RunFiles
-    config: RunConfig
-    ranks: Ranks
-    device: Device
-    precision: Precision
-    prepared: Prepared
-    facts: ModelFacts
-    stop: StopRequest
 
 
 class Pretraining:
@@ -95,8 +68,8 @@ class Pretraining:
             replicated=config.zero.stage == 0,
         )
         self.injector = FaultInjector(faults, ranks.rank, ranks.world_size) if faults else NO_INJECTION
-        self.engine = _build_engine(setting, self.numbers, self.injector)
-        self.guard = _make_guard(setting, self.engine)
+        self.engine = build_engine(setting, self.numbers, self.injector)
+        self.guard = make_guard(setting, self.engine)
         self.newest_checkpoint: str | None = None
         self._excluded = Quarantine(config.data.exclude_batches)
         self.progress = Progress(self._resume())
@@ -210,9 +183,22 @@ class Pretraining:
         return {"position": position, "history": numbers["guard"]["history"]}
 
     def _make_ring(self) -> SnapshotRing | None:
+        """Snapshots, where they are wanted and fit into the host memory of every node. A collective."""
         config = self.setting.config
         if config.snapshots.every is None or config.guard.mode != "act":
             return None
+        num_elements = sum(flat.numel() for flat in self.engine.shards.flats())
+        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.ranks_per_node))
+        shortages: list[str | None] = [None] * self.setting.ranks.world_size
+        torch.distributed.all_gather_object(shortages, shortage(snapshot_bytes(config, num_elements), on_node))
+        for rank, text in enumerate(shortages):
+            if text is not None:
+                self.telemetry.message(
+                    "warning",
+                    f"snapshots do not fit beside rank {rank} ({text}): a rollback will go to a checkpoint on disk; "
+                    "lower snapshots.keep to have them",
+                )
+                return None
         return SnapshotRing(self.engine, config.snapshots.keep, config.snapshots.audit)
 
     def _open_reports(self) -> IncidentReports | NoReports:
@@ -311,69 +297,3 @@ class Pretraining:
             parameters=self.engine.names,
             files=(),
         )
-
-
-def _make_guard(setting: Setting, engine: Engine) -> Guard:
-    hosts: list[str] = [""] * setting.ranks.world_size
-    torch.distributed.all_gather_object(hosts, socket.gethostname())
-    optim = setting.config.optim
-    return Guard(
-        setting.config.guard,
-        clip=optim.clip,
-        clipping=optim.clipping,
-        parameter_names=engine.names,
-        hosts=hosts,
-        can_replay=True,
-        can_examine=True,
-        can_roll_back=True,
-    )
-
-
-def _build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> Engine:
-    config, world_size = setting.config, setting.ranks.world_size
-    zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
-    model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
-    penalty = _make_penalty(config)
-    terms = ["loss"]
-    if config.objective.z_loss:
-        terms.append("z_loss")
-    if penalty is not None:
-        terms.append("penalty")
-    return Engine(
-        model,
-        build_optimizer(parameter_groups(model, config), config, setting.device),
-        make_objective(config.objective),
-        config=config,
-        numbers=numbers,
-        parameters=setting.facts.parameters,
-        ranks=setting.ranks,
-        device=setting.device,
-        precision=setting.precision,
-        terms=terms,
-        penalty=penalty,
-        injector=injector,
-    )
-
-
-def _make_penalty(config: RunConfig) -> Penalty | None:
-    l1, l2 = config.objective.l1, config.objective.l2
-    if not l1 and not l2:
-        return None
-
-    def penalty(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return penalty_gradient(weight, l1, l2), {"penalty": penalty_value(weight, l1, l2)}
-
-    return penalty
-
-
-def make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:
-    """The clock of this run's attempts."""
-    name = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"
-    peak = peak_flops(name, setting.precision)
-    read_memory: Callable[[], int] = partial(memory_bytes, setting.device)
-    return StepTimer(
-        numbers.tokens_per_step,
-        setting.facts.flops_per_token(setting.config.data.sequence_length),
-        None if peak is None else peak * setting.ranks.world_size,
-        read_memory,
-    )

@@ -1,0 +1,110 @@
+"""What every stage builds alike from a setting: the engine, the guard, the clock."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trainer.config.files import RunFiles
+from trainer.config.resolve import Arithmetic, Device, Precision, deepspeed_config
+from trainer.config.schema import RunConfig
+from trainer.data.prepared import Prepared
+from trainer.engine.injection import Injector
+from trainer.engine.ranks import Ranks
+from trainer.engine.zero import Engine, Penalty
+from trainer.model.build import build_model
+from trainer.model.groups import parameter_groups
+from trainer.objectives.objective import make_objective
+from trainer.objectives.penalty import penalty_gradient, penalty_value
+from trainer.optim.build import build_optimizer
+from trainer.records import ModelFacts
+from trainer.stability.guard import Guard
+from trainer.stop import StopRequest
+from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where a start of a run finds itself."""
+
+    files: RunFiles
+    config: RunConfig
+    ranks: Ranks
+    device: Device
+    precision: Precision
+    prepared: Prepared
+    facts: ModelFacts
+    stop: StopRequest
+
+
+def make_guard(setting: Setting, engine: Engine) -> Guard:
+    hosts: list[str] = [""] * setting.ranks.world_size
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    optim = setting.config.optim
+    return Guard(
+        setting.config.guard,
+        clip=optim.clip,
+        clipping=optim.clipping,
+        parameter_names=engine.names,
+        hosts=hosts,
+        can_replay=True,
+        can_examine=True,
+        can_roll_back=True,
+    )
+
+
+def build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> Engine:
+    config, world_size = setting.config, setting.ranks.world_size
+    zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
+    model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
+    penalty = _make_penalty(config)
+    terms = ["loss"]
+    if config.objective.z_loss:
+        terms.append("z_loss")
+    if penalty is not None:
+        terms.append("penalty")
+    return Engine(
+        model,
+        build_optimizer(parameter_groups(model, config), config, setting.device),
+        make_objective(config.objective),
+        config=config,
+        numbers=numbers,
+        parameters=setting.facts.parameters,
+        ranks=setting.ranks,
+        device=setting.device,
+        precision=setting.precision,
+        terms=terms,
+        penalty=penalty,
+        injector=injector,
+    )
+
+
+def _make_penalty(config: RunConfig) -> Penalty | None:
+    l1, l2 = config.objective.l1, config.objective.l2
+    if not l1 and not l2:
+        return None
+
+    def penalty(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return penalty_gradient(weight, l1, l2), {"penalty": penalty_value(weight, l1, l2)}
+
+    return penalty
+
+
+def make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:
+    """The clock of this run's attempts."""
+    name = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"
+    peak = peak_flops(name, setting.precision)
+    read_memory: Callable[[], int] = partial(memory_bytes, setting.device)
+    return StepTimer(
+        numbers.tokens_per_step,
+        setting.facts.flops_per_token(setting.config.data.sequence_length),
+        None if peak is None else peak * setting.ranks.world_size,
+        read_memory,
+    )
