@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.config": GROUND,
     **{f"trainer.{room}": ("trainer.config", *GROUND) for room in ROOMS},
     "trainer.faults": ("trainer.engine", *GROUND),
+    "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
     "trainer.recovery": ("trainer.config", *GROUND, *(f"trainer.{room}" for room in ROOMS)),
     "trainer.loop": ("trainer.config", "trainer.stop", "trainer.recovery", *GROUND, *(f"trainer.{r}" for r in ROOMS)),
     "trainer.stages": (
@@ -40,7 +41,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"trainer.{room}" for room in ROOMS),
     ),
     "trainer.__main__": ("trainer",),
-    "launcher": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.console", *GROUND),
+    "launcher": (
+        "trainer.config",
+        "trainer.telemetry.ledger",
+        "trainer.telemetry.console",
+        "trainer.stability",
+        *GROUND,
+    ),
 }
 """What a module or a package may import of this project besides itself."""
 
@@ -53,6 +60,7 @@ TORCH_FREE = (
     "trainer.telemetry.ledger",
     "trainer.telemetry.console",
     "trainer.data.order",
+    "trainer.report",
     "trainer.stability",
 )
 

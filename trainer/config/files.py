@@ -53,5 +53,9 @@ class RunFiles:
         return self.root / "tensorboard"
 
     @property
+    def incidents(self) -> Path:
+        return self.root / "incidents"
+
+    @property
     def export(self) -> Path:
         return self.root / "export"

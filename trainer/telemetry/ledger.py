@@ -248,12 +248,12 @@ def _not_applied(record: Record) -> tuple[str, str] | None:
     return "warning", f"{verb} batch {record['batch']} (attempt {record['attempt']}): {reason}"
 
 
-def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:
-    """The newest record for which `wanted` holds, from the end of the file; None: none, or no file."""
+def newest_first(path: Path) -> Iterator[Record]:
+    """The records from the end of the file; none where there is no file. Damaged lines are left out."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        return None
+        return
     with file:
         end = file.seek(0, os.SEEK_END)
         head: list[bytes] = []
@@ -273,10 +273,13 @@ def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:
                     record = decode(line)
                 except ValueError:
                     continue
-                if wanted(record):
-                    return record
+                yield record
             end = start
-    return None
+
+
+def last_record(path: Path, wanted: Callable[[Record], bool]) -> Record | None:
+    """The newest record for which `wanted` holds, from the end of the file; None: none, or no file."""
+    return next(filter(wanted, newest_first(path)), None)
 
 
 def last_attempt(path: Path) -> int:
