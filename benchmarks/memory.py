@@ -72,6 +72,7 @@ def make_data(stage: int, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "optim": {"lr": 1e-3},
         "schedule": {"duration": STEPS},
         "zero": {"stage": stage},
+        "snapshots": {"every": None},
         "cluster": {"device": "cpu", "ranks_per_node": RANKS},
     }
     for section, options in changes.items():

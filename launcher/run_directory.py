@@ -29,6 +29,7 @@ HARMLESS = (
     "evaluation",
     "checkpoint",
     "guard",
+    "snapshots",
     "cluster.threads_per_rank",
     "data.workers",
     "data.prefetch",
@@ -39,7 +40,7 @@ HARMLESS = (
 """Options and sections that may change when a run goes on: none of them changes what is trained on what.
 
 Threads and the layout of folders are here because only the place changes; another number of threads can change the last
-bits of a sum.
+bits of a sum. The guard is here because it changes nothing until something goes wrong, and then one may want another.
 """
 
 

@@ -130,6 +130,14 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         yield "objective", "l1 and l2 do not work with zero.offload; use optim.weight_decay, or no offload"
     if config.objective.kind == "masked" and config.data.boundaries == "block":
         yield "data.boundaries", "`block` needs the causal objective: masked models look across; use `positions`"
+    snapshots, clean_steps = config.snapshots, config.guard.clean_steps
+    every = snapshots.every if config.guard.mode == "act" else None
+    if every is not None and snapshots.keep * every <= clean_steps:
+        yield (
+            "guard.clean_steps",
+            f"no snapshot gets {clean_steps} steps old: {snapshots.keep} are kept, one every {_steps(every)}; "
+            "raise snapshots.keep or snapshots.every",
+        )
     clean = config.data.clean
     if clean.max_characters is not None and clean.max_characters < clean.min_characters:
         yield (
@@ -155,6 +163,34 @@ def _is_set(config: Section, path: str) -> bool:
     return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
 
 
+def _steps(number: int) -> str:
+    return "step" if number == 1 else f"{number} steps"
+
+
+_AFTER_ROLLBACK = ("max_incidents", "incident_window", "quarantine_before", "cool", "rewarm", "reset_moments")
+_LADDER = ("replay", "max_rollbacks", "clean_steps", "verify", *_AFTER_ROLLBACK)
+"""Options of the guard that only the whole ladder uses."""
+
+
+def _stability_without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """(option, whether it is idle, why)."""
+    guard, snapshots = config.guard, config.snapshots
+    mode, ranks = f"guard.mode is {guard.mode}", config.cluster.nodes * config.cluster.ranks_per_node
+    acts = guard.mode == "act"
+    for name in _LADDER:
+        idle = acts and guard.max_rollbacks == 0 and name in _AFTER_ROLLBACK
+        yield f"guard.{name}", idle or not acts, "guard.max_rollbacks is 0" if idle else mode
+    yield "guard.spike", guard.mode == "off", mode
+    yield "guard.drift", guard.mode == "off", mode
+    yield "guard.revisit", not acts, f"{mode}: nothing is quarantined"
+    yield "guard.rewarm", acts and guard.max_rollbacks > 0 and guard.cool == 1, "guard.cool is 1"
+    one_rank = "there is one rank, and nothing to compare its weights with"
+    yield "guard.checksum_every", guard.mode == "off" or ranks == 1, mode if guard.mode == "off" else one_rank
+    yield "snapshots.every", not acts and snapshots.every is not None, mode
+    for name in ("keep", "audit"):
+        yield f"snapshots.{name}", not acts or snapshots.every is None, "snapshots.every is null" if acts else mode
+
+
 def _without_effect(config: RunConfig) -> Iterator[Problem]:
     masked, stage = config.objective.kind == "masked", config.zero.stage
     on_cpu, evaluated = config.cluster.device == "cpu", config.data.held_out > 0
@@ -171,12 +207,17 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         ("evaluation.every", not evaluated, "data.held_out is 0"),
         ("evaluation.max_samples", not evaluated, "data.held_out is 0"),
         ("optim.decay_embeddings", config.optim.weight_decay == 0, "optim.weight_decay is 0"),
+        *_stability_without_effect(config),
     ]
     for path, idle, reason in rules:
         if idle and _is_set(config, path):
             yield path, f"has no effect: {reason}"
     if config.data.accept_changed:
         yield "data.accept_changed", "changed data will be accepted; the run can no longer be repeated exactly"
+    if config.optim.clipping == "adagc" and config.optim.clip == 0:
+        yield "optim.clip", "is 0: adagc clips nothing in its first 100 steps, and learns from gradients of any size"
+    if config.guard.mode == "act" and config.snapshots.every is None and config.checkpoint.every is None:
+        yield "guard.mode", "there is no state to go back to: neither snapshots nor checkpoints are taken on the way"
     for index, source in enumerate(config.data.sources):
         yield from _source_without_effect(f"data.sources.{index}", source)
 

@@ -56,6 +56,11 @@ NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
             NO_SOURCE + "`stdlib` and `hub`",
         ),
         (
+            {"guard__clean_steps": 6, "snapshots": {"every": 2, "keep": 3}},
+            "guard.clean_steps",
+            "no snapshot gets 6 steps old: 3 are kept, one every 2 steps; raise snapshots.keep or snapshots.every",
+        ),
+        (
             {"data__sources": ({"hub": "x", "column": "a", "template": "b"},)},
             "data.sources.0",
             "has `column` and `template`; give the one that makes the text",
@@ -190,6 +195,37 @@ def test_all_contradictions_come_at_once():
             "data.sources.0.column: has no effect: the standard library's files are text, not records",
         ),
         (
+            {"guard": {"mode": "watch", "replay": False}},
+            "guard.replay: has no effect: guard.mode is watch",
+        ),
+        ({"guard": {"mode": "off", "spike": 9.0}}, "guard.spike: has no effect: guard.mode is off"),
+        ({"guard": {"mode": "off", "drift": 9.0}}, "guard.drift: has no effect: guard.mode is off"),
+        (
+            {"guard": {"mode": "off", "revisit": True}},
+            "guard.revisit: has no effect: guard.mode is off: nothing is quarantined",
+        ),
+        ({"guard": {"cool": 1.0, "rewarm": 9}}, "guard.rewarm: has no effect: guard.cool is 1"),
+        ({"guard": {"max_rollbacks": 0, "cool": 0.1}}, "guard.cool: has no effect: guard.max_rollbacks is 0"),
+        (
+            {"guard__checksum_every": 7},
+            "guard.checksum_every: has no effect: there is one rank, and nothing to compare its weights with",
+        ),
+        (
+            {"guard": {"mode": "off", "checksum_every": 7}, "cluster__ranks_per_node": 2},
+            "guard.checksum_every: has no effect: guard.mode is off",
+        ),
+        ({"guard__mode": "off", "snapshots__every": 7}, "snapshots.every: has no effect: guard.mode is off"),
+        ({"snapshots": {"every": None, "keep": 7}}, "snapshots.keep: has no effect: snapshots.every is null"),
+        ({"guard__mode": "watch", "snapshots__audit": False}, "snapshots.audit: has no effect: guard.mode is watch"),
+        (
+            {"optim": {"lr": 1e-3, "clipping": "adagc", "clip": 0.0}},
+            "optim.clip: is 0: adagc clips nothing in its first 100 steps, and learns from gradients of any size",
+        ),
+        (
+            {"snapshots__every": None, "checkpoint__every": None},
+            "guard.mode: there is no state to go back to: neither snapshots nor checkpoints are taken on the way",
+        ),
+        (
             {"data__accept_changed": True},
             "data.accept_changed: changed data will be accepted; the run can no longer be repeated exactly",
         ),
@@ -202,6 +238,15 @@ def test_each_option_without_effect_is_warned_about(changes, warning):
 def test_an_option_at_its_default_is_not_warned_about():
     config = config_with(objective__mask_fraction=0.15, zero__stage=0, zero__bucket_elements=50_000_000)
     assert check_config(config) == []
+
+
+def test_snapshots_may_be_as_young_as_they_like_where_nothing_goes_back_to_them():
+    young = {"every": 1, "keep": 1}
+    assert check_config(config_with(guard__clean_steps=1, snapshots={"every": 1, "keep": 2})) == []
+    assert check_config(config_with(guard__mode="watch", snapshots={"every": None})) == []
+    for idle in (young, young | {"every": None}):
+        warnings = check_config(config_with(guard__mode="watch", snapshots=idle))
+        assert all("has no effect" in warning for warning in warnings)
 
 
 def test_auto_is_left_to_the_plan():
@@ -221,6 +266,9 @@ def test_an_option_with_effect_is_not_warned_about():
         cluster__threads_per_rank=2,
         evaluation={"every": 7, "max_samples": 8},
         optim__decay_embeddings=True,
+        guard={"spike": 9.0, "replay": False, "cool": 0.1, "rewarm": 7, "max_rollbacks": 1, "checksum_every": 7},
+        snapshots={"every": 7, "keep": 4, "audit": False},
+        cluster__ranks_per_node=2,
     )
     assert check_config(config) == []
     changed = config_with(model={"config": None, "pretrained": "x", "overrides": {"a": 1}}, data__tokenizer={})

@@ -81,6 +81,7 @@ def test_what_may_change_does_not_change_what_a_checkpoint_is_of(make_config: Ma
         evaluation={"every": 3, "max_samples": 2},
         checkpoint={"every": 3, "keep": 1},
         guard={"max_consecutive_skips": 3},
+        snapshots={"every": 3, "keep": 5},
         cluster={"threads_per_rank": 3},
         data=data | {"workers": 1, "prefetch": 0, "prepared": "/elsewhere", "accept_changed": True},
     )
