@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 NEAR = (1 / 12, 1 / 32, 1.0, 4)
-"""For sudden alarms and the scale: rate of the level, rate of its slope, the fraction of the slope that is expected to go
-on, and how quickly the first values are followed (the n-th at a rate of 4 / (n + 4)). Short enough to follow a
+"""For sudden alarms and the scale: rate of the level, rate of its slope, the fraction of the slope that is expected to
+go on, and how quickly the first values are followed (the n-th at a rate of 4 / (n + 4)). Short enough to follow a
 warm-up, long enough that the level's own noise is a fifth of the values'."""
 FAR = (1 / 20, 1 / 100, 0.5, 2)
 """For drift. A curve flattens: with the whole slope the prediction undershoots every bend, and the bend looks like a
 drift; with none the level lags above a fall and hides one."""
+FIRST_SLOPES = 3
+"""The n-th slope is followed at a rate of 3 / (n + 4) at least. The slope of a power law is as 1 / n: an average that
+reaches back further keeps too much of the steep beginning."""
+FLATTENING = 2.0
+"""A fall is forgotten twice as quickly as it is learned: where it ends in a plateau of little noise, the rest of the
+slope would look like a drift."""
 BASE_RATE = 1 / 200
 """Of the level that drift is measured from: of a rise over 40 steps it takes up a tenth."""
 BASE_MARGIN = 0.3
@@ -80,8 +86,9 @@ class Follower:
         """Take the `count`-th value; the first ones weigh more."""
         first = self._quick / (count + self._quick)
         level = self.expected + max(self._rate, first) * (y - self.expected)
-        slope_rate = max(self._slope_rate, first / 2)
-        self.slope = min(0.0, self.slope + slope_rate * (level - self.level - self.slope))
+        slope_rate = max(self._slope_rate, FIRST_SLOPES / (count + 4))
+        change = level - self.level - self.slope
+        self.slope = min(0.0, self.slope + (FLATTENING if change > 0 else 1.0) * slope_rate * change)
         self.level = level
 
 
@@ -207,6 +214,10 @@ class Channel:
         self.near.level = self.far.level = self.base = middle
         self.near.slope = self.far.slope = self.residual = self.height = 0.0
         self.recent = (middle,)
+
+    def pardon(self) -> None:
+        """The drift was refuted: the CUSUM starts anew, from the present level."""
+        self.height, self.base = 0.0, max(self.base, self.far.level)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON of finite numbers; `restore` takes it back exactly."""

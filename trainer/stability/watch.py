@@ -25,7 +25,7 @@ may grow for ever without noise, and a part may be negative. A sudden rise is at
 
 GRADIENT_RATIO = 30.0
 """Least ratio to the usual norm that alarms. Clean small runs reach 3 to 25 in single steps. Clipping and Adam make
-such a step harmless, since it moves the weights no further than any other; a gradient × 500 on one of 16 ranks is above."""
+such a step harmless: it moves the weights no further than any other. A gradient × 500 on one of 16 ranks is above."""
 FALL_RATIO = 2.0
 """A loss that falls below half the usual one, and by twice the sudden threshold, in one step is an alarm too: nothing
 is learned that fast, so the batch is degenerate (one repeated token, duplicates of what was seen, labels in the input).
@@ -128,6 +128,11 @@ class Watch:
         for name, channel in self._parts.items():
             channel.adopt([parts[name] for _, _, parts in self._rejected if name in parts], self._unit())
         self._rejected = []
+
+    def pardon_drift(self) -> None:
+        """An examination found the state unharmed: what drifted is judged anew, from the present level."""
+        for channel in (self._loss, *self._parts.values()):
+            channel.pardon()
 
     @property
     def usual_loss(self) -> float:
