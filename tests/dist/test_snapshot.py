@@ -73,6 +73,26 @@ def test_back_and_again_gives_the_same_bits(two_ranks: RankPool, zero: dict[str,
         assert (steps, newest) == ([0, 3], [3, 0, None])
 
 
+def changed_after_the_fence(rank: int, world_size: int, config: RunConfig) -> Any:
+    engine = make_engine(config, rank, world_size)
+    ring = SnapshotRing(engine, keep=1)
+    same = []
+    for step in range(5):
+        before = bits(engine)
+        ring.take(step, {})
+        waited = ring.fence()
+        for flat in engine.shards.flats():
+            flat.fill_(7.0)
+        ring.restore(step)
+        same.append(bits(engine) == before and waited >= 0 and ring.fence() == 0.0)
+    return same
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_after_the_fence_the_live_state_may_change(two_ranks: RankPool, stage: int) -> None:
+    assert two_ranks(changed_after_the_fence, config=make_config(zero={"stage": stage})) == [[True] * 5] * 2
+
+
 class DamageCopy(Injector):
     """Flips a bit of the copy of one step on one rank, after it was checksummed."""
 

@@ -17,9 +17,12 @@ class LocalNorms:
     own hooks do, in every ZeRO stage and under activation checkpointing. Nothing waits for the device.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], injector: Injector):
+    def __init__(self, injector: Injector):
         self._injector = injector
         self._norms: list[Tensor] = []
+
+    def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """See the gradients of these parameters from now on."""
         for index, parameter in enumerate(parameters):
             parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]
 

@@ -107,12 +107,13 @@ class LogitProbe:
     def reduce(self) -> tuple[FloatArray, float]:
         """(bound of the attention logits, [layers]; largest absolute output logit), equal on all ranks; infinite where
         something was not a number. A collective."""
-        roots = torch.tensor([layer.head_size for layer in self._layers], device=self._device).sqrt()
-        vector = torch.cat([self._largest.prod(dim=1) / roots, self._output[None]]).double()
+        vector = torch.cat([self._largest.flatten(), self._output[None]]).double()
         vector.nan_to_num_(nan=math.inf, posinf=math.inf)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX)
         values = vector.cpu().numpy()
-        return values[:-1].copy(), float(values[-1])
+        products = values[:-1].reshape(-1, 2).prod(axis=1)
+        bounds = products / np.sqrt([float(layer.head_size) for layer in self._layers])
+        return np.nan_to_num(bounds, nan=math.inf, posinf=math.inf), float(values[-1])
 
     def _hook(self, layer: int, which: int | None) -> Callable[[nn.Module, Any, Tensor], None]:
         """Sees queries (0), keys (1), or both and values in one tensor (None)."""

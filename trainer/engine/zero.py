@@ -75,8 +75,10 @@ class Engine:
         self._ranks = ranks
         self._seed = config.seed
         self.device = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
-        # before DeepSpeed's own hooks, which reduce the gradient
-        self._local = LocalNorms([p for p in model.parameters() if p.requires_grad], injector)
+        self._local = LocalNorms(injector)
+        if config.guard.mode != "off" or injector.active:
+            # before DeepSpeed's own hooks, which reduce the gradient
+            self._local.watch([p for p in model.parameters() if p.requires_grad])
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
