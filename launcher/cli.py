@@ -201,6 +201,43 @@ def drill(
 
 
 @app.command()
+def quarantine(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    text: Annotated[bool, typer.Option("--text", help="Also show how their worst samples begin.")] = False,
+) -> None:
+    """Batches that a run leaves out: which, since when, and why."""
+    from launcher.quarantine import quarantined, shown, summary
+
+    entries = quarantined(run)
+    if entries:
+        _console().print(shown(entries, text))
+    print(summary(entries))
+
+
+@app.command()
+def judge(
+    ledger: Annotated[
+        Path,
+        typer.Argument(metavar="LEDGER", help="A run, its ledger, JSON lines, CSV, or TensorBoard events."),
+    ],
+    tag: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Tag, column or field of the loss. Default: the first 'loss'.")
+    ] = None,
+    spike: Annotated[float, typer.Option(min=0.1, help="guard.spike to judge by.")] = 8.0,
+    drift: Annotated[float, typer.Option(min=0.1, help="guard.drift to judge by.")] = 12.0,
+) -> None:
+    """Replay a saved loss curve: where would the guard have acted?"""
+    from launcher import judge as judging
+    from launcher.curve import read_curve
+
+    curve = read_curve(ledger, tag)
+    actions = judging.judge(curve, spike, drift)
+    if actions:
+        _console().print(judging.table(actions))
+    print(judging.summary(curve, actions))
+
+
+@app.command()
 def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Also let two processes talk to each other.")] = False,
     folder: Annotated[Path, typer.Option("--runs", metavar="RUNS", help="Where runs will be written.")] = Path("runs"),

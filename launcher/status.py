@@ -40,6 +40,11 @@ class RunStatus:
     checkpoint: str | None
     seconds_since: float | None
     """Since the last sign of life."""
+    incidents: int = 0
+    incident_open: bool = False
+    """The newest incident has not ended."""
+    quarantined: int = 0
+    """Batches that incidents left out."""
 
 
 def statuses(folder: Path, now: float | None = None) -> list[RunStatus]:
@@ -62,6 +67,7 @@ def status_of(root: Path, now: float) -> RunStatus:
     outcome = read_outcome(root)
     newest = last_record(files.ledger, lambda _: True)
     attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt" and record.get("applied", True))
+    newest_attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt") or {}
     start = last_record(files.ledger, lambda record: record["kind"] == "start")
     evaluation = last_record(files.ledger, lambda record: record["kind"] == "evaluation")
     if outcome and newest and newest["kind"] != "outcome" and newest["time"] > files.outcome.stat().st_mtime:
@@ -81,6 +87,9 @@ def status_of(root: Path, now: float) -> RunStatus:
         tokens_per_second=attempt.get("tokens_per_second") if attempt else None,
         checkpoint=newest_checkpoint(root),
         seconds_since=since,
+        incidents=max(newest_attempt.get("num_incidents", 0), newest_attempt.get("incident", 0)),
+        incident_open=newest_attempt.get("incident", 0) > 0,
+        quarantined=newest_attempt.get("num_quarantined", 0),
     )
 
 
@@ -128,13 +137,16 @@ def newest_checkpoint(root: Path) -> str | None:
 
 
 def table(runs: list[RunStatus]) -> Table:
-    """The runs as a table."""
+    """The runs as a table; what incidents did has columns where there was one."""
+    troubled = any(run.incidents or run.quarantined for run in runs)
     result = Table(box=None, header_style="bold", pad_edge=False)
     result.add_column("run", overflow="fold")
     result.add_column("state", no_wrap=True)
-    for title in ("step", "loss", "held-out", "tokens/s", "saved", "last sign"):
+    titles = ("step", "loss", "held-out", "tokens/s", "saved", *(("incidents", "left out") if troubled else ()))
+    for title in (*titles, "last sign"):
         result.add_column(title, justify="right", no_wrap=True)
     for run in runs:
+        left_out = f"{run.quarantined} batch{'' if run.quarantined == 1 else 'es'}" if run.quarantined else "–"
         result.add_row(
             Text(run.name),
             Text(run.state, style=_STYLES.get(run.state, "red")),
@@ -143,9 +155,17 @@ def table(runs: list[RunStatus]) -> Table:
             Text(_number(run.held_out_loss)),
             Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
             Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
+            *((_incidents(run), Text(left_out)) if troubled else ()),
             Text("–" if run.seconds_since is None else f"{age(run.seconds_since)} ago"),
         )
     return result
+
+
+def _incidents(run: RunStatus) -> Text:
+    if not run.incidents:
+        return Text("–")
+    open_now = run.incident_open and run.state != "finished"
+    return Text(f"{run.incidents}{', 1 open' if open_now else ''}", style="bold yellow" if open_now else "yellow")
 
 
 def _number(value: float | None) -> str:

@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.config",
         "trainer.telemetry.ledger",
         "trainer.telemetry.console",
+        "trainer.report",
         "trainer.stability",
         *GROUND,
     ),

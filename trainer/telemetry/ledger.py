@@ -215,6 +215,23 @@ def history(path: Path) -> Iterator[tuple[Record, bool]]:
     return told()
 
 
+def lived(path: Path) -> Iterator[Record]:
+    """The records of a ledger without what a resume took back. What a rollback took back is kept: it happened.
+
+    Raises:
+        RunDirectoryError: there is no ledger at `path`.
+    """
+    starts = [record for record in read_ledger(path) if record["kind"] == "start"]
+    limits: dict[int, float] = {}
+    limit = math.inf
+    for record in reversed(starts):
+        limits[record["start"]] = limit
+        limit = min(limit, record.get("resumed_attempt", math.inf))
+    return (
+        record for record in read_ledger(path) if record.get("attempt", 0) <= limits.get(record["start"], math.inf)
+    )
+
+
 def notice(record: Record) -> tuple[str, str] | None:
     """(level, text) where a record is something that a person must hear: every view shows the same notices."""
     match record["kind"]:

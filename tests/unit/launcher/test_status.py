@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from launcher.run_directory import locked
-from launcher.status import SILENT_SECONDS, age, newest_checkpoint, status_of, statuses, table
+from launcher.status import SILENT_SECONDS, RunStatus, age, newest_checkpoint, status_of, statuses, table
 from launcher.watch import watch_run
 from trainer.errors import RunDirectoryError
 from trainer.telemetry.ledger import encode
@@ -113,6 +113,26 @@ def test_a_folder_of_runs_and_a_name_that_looks_like_markup(tmp_path: Path) -> N
     assert "1/100" in text
     with pytest.raises(RunDirectoryError, match="there is no folder"):
         statuses(tmp_path / "missing")
+
+
+def test_incidents_and_what_they_left_out_have_columns_where_there_are_any(tmp_path: Path) -> None:
+    counts = {"num_incidents": 2, "num_quarantined": 3}
+    make_run(tmp_path / "a", START, attempt(1, **counts), attempt(2, applied=False, incident=2, **counts))
+    make_run(tmp_path / "b", START, attempt(1, **counts, incident=0))
+    found = statuses(tmp_path, NOW)
+    assert [(run.incidents, run.incident_open, run.quarantined) for run in found] == [(2, True, 3), (2, False, 3)]
+
+    def lines(runs: list[RunStatus]) -> list[str]:
+        shown = io.StringIO()
+        Console(file=shown, width=160).print(table(runs))
+        return shown.getvalue().splitlines()
+
+    header, first, second = lines(found)
+    assert "incidents" in header
+    assert "2, 1 open  3 batches" in first
+    assert "open" not in second
+    make_run(tmp_path / "c" / "d", START, attempt(1))
+    assert "incidents" not in lines(statuses(tmp_path / "c", NOW))[0]
 
 
 def test_watch_shows_where_a_run_stands(tmp_path: Path) -> None:
