@@ -45,7 +45,7 @@ def _drill(files: RunFiles) -> int:
         set_threads(files, config)
     from trainer.stages.drill import drill
     from trainer.stages.prepare import open_run, write_whole
-    from trainer.stages.pretrain import Setting
+    from trainer.stages.build import Setting
 
     prepared, facts = open_run(files, config)
     setting = Setting(files, config, ranks, device, precision, prepared, facts, StopRequest())

@@ -18,14 +18,19 @@ from trainer.config.files import RunFiles
 from trainer.config.schema import RunConfig
 from trainer.engine.ranks import Ranks
 from trainer.faults import parse_fault
+from trainer.faults.catalogue import random_faults
+from trainer.stages.build import Setting
 from trainer.stages.exercise import exercise, rungs
 from trainer.stages.prepare import open_run, prepare_run
-from trainer.stages.pretrain import Setting
 from trainer.stop import StopRequest
 
-STEPS = 36
-TEXT = "a trim tab is the small surface on a rudder that keeps large ship course every gradient looked at"
-WORDS = TEXT.split()
+STEPS = 40
+SENTENCES = (
+    "the trim tab is a small surface on a rudder",
+    "a large ship is kept on course by a small force",
+    "every gradient is looked at before it is applied",
+    "what was never seen cannot be learned from",
+)
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +40,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = root / "texts"
     texts.mkdir()
     for index in range(60):
-        letters = random.Random(index)
-        lines = (" ".join(letters.choices(WORDS, k=9)) for _ in range(14))
+        lines = random.Random(index).choices(SENTENCES, k=12)
         (texts / f"{index:02d}.txt").write_text("\n".join(lines))
     files = RunFiles(root / "run")
     files.root.mkdir()
@@ -67,8 +71,8 @@ def make_config(root: Path, stage: int = 2, **sections: Any) -> RunConfig:
                 "resid_pdrop": 0.1,
             }
         },
-        "batch": {"samples": 8, "micro": 2},
-        "optim": {"lr": 3e-3},
+        "batch": {"samples": 8, "micro": 4},
+        "optim": {"lr": 8e-3},
         "schedule": {"duration": STEPS, "warmup": 5},
         "zero": {"stage": stage},
         "guard": {"cool": 1.0, "verify": 5, "checksum_every": 1},
@@ -121,17 +125,17 @@ def together(pool: RankPool, **arguments: Any) -> list[dict[str, Any]]:
 
 
 TRANSIENT = {
-    "at(step=20, rank=1).gradient_is_nan()": ("replay",),
-    "at(step=20, rank=1).gradient_times(1000)": ("replay",),
-    "at(step=20).flip_bit_in_gradient()": ("replay",),
-    "at(step=20).flip_bit_in_weight()": ("rollback",),
-    "at(step=20).flip_bit_in_moment()": ("rollback",),
-    "at(step=20).flip_bit_in_second_moment()": ("rollback",),
-    "at(step=20, rank=1).flip_bit_in_replica()": ("rollback",),
-    "at(step=20, rank=1).disagree()": ("rollback",),
-    "at(step=20).learning_rate_times(30, steps=3)": ("rollback",),
-    "all_of(at(step=20).flip_bit_in_weight(), at(step=18, rank=1, visit=2).gradient_is_nan())": ("rollback", "replay"),
-    "all_of(at(step=8).corrupt_snapshot(), at(step=20).flip_bit_in_weight())": ("rollback",),
+    "at(step=24, rank=1).gradient_is_nan()": ("replay",),
+    "at(step=24, rank=1).gradient_times(1000)": ("replay",),
+    "at(step=24).flip_bit_in_gradient()": ("replay",),
+    "at(step=24).flip_bit_in_weight()": ("rollback",),
+    "at(step=24).flip_bit_in_moment()": ("rollback",),
+    "at(step=24).flip_bit_in_second_moment()": ("rollback",),
+    "at(step=24, rank=1).flip_bit_in_replica()": ("rollback",),
+    "at(step=24, rank=1).disagree()": ("rollback",),
+    "at(step=24).learning_rate_times(30, steps=3)": ("rollback",),
+    "all_of(at(step=24).flip_bit_in_weight(), at(step=22, rank=1, visit=2).gradient_is_nan())": ("rollback", "replay"),
+    "all_of(at(step=12).corrupt_snapshot(), at(step=24).flip_bit_in_weight())": ("rollback",),
 }
 
 
@@ -155,8 +159,8 @@ def test_a_transient_fault_never_happened(two_ranks: RankPool, prepared: Path, s
 
 
 DATA = {
-    "at(batch=20).data_is_nan()": 1,
-    "batches(20, 23).random_tokens()": 4,
+    "at(batch=26).data_is_nan()": 1,
+    "batches(26, 28).random_tokens()": 3,
 }
 
 
@@ -172,5 +176,13 @@ def test_bad_data_was_never_seen(two_ranks: RankPool, prepared: Path, stage: int
     for (fault, count), each in zip(DATA.items(), found, strict=True):
         assert each["ended"] == "completed", (fault, each["message"])
         left_out = {index for first, last in each["quarantine"] for index in range(first, last + 1)}
-        assert left_out >= set(range(20, 20 + count)), (fault, each["quarantine"], each["rungs"])
+        assert left_out >= set(range(26, 26 + count)), (fault, each["quarantine"], each["rungs"])
         assert each["digest"] == each["excluded"], fault
+
+
+def test_a_soak_in_random_faults_keeps_the_ranks_together(four_ranks: RankPool, prepared: Path) -> None:
+    config = make_config(prepared, 2, schedule={"duration": 120}, batch={"micro": 2}, guard={"max_incidents": 1000})
+    faults = [str(fault) for fault in random_faults(1, 120, 4, 2, every=12)]
+    (found,) = together(four_ranks, config=config, root=prepared, sentences=[faults], reference=False)
+    assert found["ended"] == "completed", found["message"]
+    assert found["lost"] > len(faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,9 +33,13 @@ class Exercise:
     """What the diagnosis of a halt must hold."""
 
 
-def catalogue(steps: int, ranks: int, stage: int) -> tuple[Exercise, ...]:
-    """Every fault of the drill that can happen to so many ranks in this ZeRO stage, in the middle of the run."""
-    middle = steps // 2
+def catalogue(steps: int, ranks: int, stage: int, middle: int | None = None) -> tuple[Exercise, ...]:
+    """Every fault of the drill that can happen to so many ranks in this ZeRO stage.
+
+    Args:
+        middle: the step at which they strike; by default half of the steps.
+    """
+    middle = steps // 2 if middle is None else middle
     last = ranks - 1
     window = batches(middle, middle + 5)
     flip = at(step=middle).flip_bit_in_weight()
@@ -48,8 +53,8 @@ def catalogue(steps: int, ranks: int, stage: int) -> tuple[Exercise, ...]:
         Exercise("replica-bit", at(step=middle, rank=last).flip_bit_in_replica()),
         Exercise("data-nan", at(batch=middle).data_is_nan()),
         Exercise("random-tokens", window.random_tokens()),
-        Exercise("one-token", window.one_token()),
-        Exercise("shuffled-labels", window.shuffled_labels()),
+        Exercise("one-token", window.one_token(), must_notice=False),
+        Exercise("shuffled-labels", window.shuffled_labels(), must_notice=False),
         Exercise("learning-rate", at(step=middle).learning_rate_times(30, steps=3)),
         Exercise("drift", batches(middle - steps // 8, middle + steps // 8).drift(0.03), must_notice=False),
         Exercise("second-incident", all_of(flip, at(step=middle - 2, rank=last, visit=2).gradient_is_nan())),
@@ -70,6 +75,22 @@ def _possible(exercise: Exercise, ranks: int, stage: int) -> bool:
     if ranks == 1 and kinds & {Kind.DISAGREE, Kind.FLIP_BIT_IN_REPLICA}:
         return False
     return stage < 3 or Kind.FLIP_BIT_IN_REPLICA not in kinds
+
+
+def random_faults(seed: int, steps: int, ranks: int, stage: int, every: int = 25) -> tuple[Fault, ...]:
+    """Faults of every kind that can be recovered, one in about every `every` steps; none near the end."""
+    generator = random.Random(seed)  # noqa: S311 (not a secret)
+    kinds = [exercise.name for exercise in catalogue(steps, ranks, stage) if exercise.name not in _NOT_AT_RANDOM]
+    faults = []
+    for place in range(every, steps - every, every):
+        here = place + generator.randrange(every // 2)
+        by_name = {exercise.name: exercise for exercise in catalogue(steps, ranks, stage, middle=here)}
+        faults.append(by_name[generator.choice(kinds)].fault)
+    return tuple(faults)
+
+
+_NOT_AT_RANDOM = ("broken-rank", "drift", "disagreement")
+"""Ends a run; wants more room than there is between two; ends a run when it comes twice in one incident."""
 
 
 def choose(exercises: Sequence[Exercise], wanted: Sequence[str]) -> tuple[Exercise, ...]:

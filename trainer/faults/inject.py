@@ -61,16 +61,25 @@ class FaultInjector(Injector):
                 )
         self._rank = rank
         self._watched = [_Watched(strike) for strike in strikes]
-        self._attempt = self._step = self._batch_index = 0
+        self._due: list[_Watched] = []
+        self._attempt = self._step = 0
         self.struck: list[tuple[int, str]] = []
 
     def begin(self, attempt: int, step: int, batch_index: int) -> None:
-        self._attempt, self._step, self._batch_index = attempt, step, batch_index
+        self._attempt, self._step = attempt, step
+        self._due = []
         for watched in self._watched:
-            watched.visits += step == watched.strike.first
-            if watched.struck_at is not None and step <= watched.struck_at and not watched.strike.every_time:
+            strike = watched.strike
+            watched.visits += step == strike.first
+            if watched.struck_at is not None and step <= watched.struck_at and not strike.every_time:
                 # a transient fault is not there when the same step is done again
                 watched.over = True
+            if strike.kind is Kind.DATA_IS_NAN:
+                due = strike.covers(batch_index)
+            else:
+                due = strike.covers(step) and watched.visits >= strike.visit and not watched.over
+            if due and self._here(strike):
+                self._due.append(watched)
 
     def local_gradient(self, parameter: int, gradient: Tensor) -> Tensor:  # noqa: ARG002
         for _ in self._strikes(Kind.GRADIENT_IS_NAN, Kind.DATA_IS_NAN):
@@ -117,17 +126,10 @@ class FaultInjector(Injector):
 
     def _strikes(self, *kinds: Kind) -> Iterator[Strike]:
         """Those of these kinds that strike this rank in this attempt; they are noted as having struck."""
-        for watched in self._watched:
-            strike = watched.strike
-            if strike.kind not in kinds or not self._here(strike):
-                continue
-            if strike.kind is Kind.DATA_IS_NAN:
-                due = strike.covers(self._batch_index)
-            else:
-                due = strike.covers(self._step) and watched.visits >= strike.visit and not watched.over
-            if due:
+        for watched in self._due:
+            if watched.strike.kind in kinds:
                 self._note(watched)
-                yield strike
+                yield watched.strike
 
     def _here(self, strike: Strike) -> bool:
         return strike.rank is None or strike.rank == self._rank

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainer.faults.catalogue import Exercise
+from trainer.stages.build import Setting
 from trainer.stages.exercise import Run, exercise, rungs
-from trainer.stages.pretrain import Setting
 
 TOLERANCE = 0.01
 """Relative difference of the held-out loss to that of the clean run, at most."""

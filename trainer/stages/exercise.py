@@ -36,7 +36,8 @@ from trainer.records import (
     Timing,
     Verdict,
 )
-from trainer.stages.pretrain import Pretraining, Setting
+from trainer.stages.build import Setting
+from trainer.stages.pretrain import Pretraining
 from trainer.telemetry.recorder import Recorder
 
 
@@ -203,6 +204,8 @@ def release(engine: Engine) -> None:
     """Give the memory of an engine back, so that the next one finds room."""
     engine.deepspeed.destroy()
     gc.collect()
+    # what is left are the libraries: the next collection need not walk through them again
+    gc.freeze()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
 
