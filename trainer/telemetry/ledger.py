@@ -227,9 +227,7 @@ def lived(path: Path) -> Iterator[Record]:
     for record in reversed(starts):
         limits[record["start"]] = limit
         limit = min(limit, record.get("resumed_attempt", math.inf))
-    return (
-        record for record in read_ledger(path) if record.get("attempt", 0) <= limits.get(record["start"], math.inf)
-    )
+    return (record for record in read_ledger(path) if record.get("attempt", 0) <= limits.get(record["start"], math.inf))
 
 
 def notice(record: Record) -> tuple[str, str] | None:

@@ -92,9 +92,6 @@ class Recorder(Protocol):
     def record_structure(self, step: int, structure: Structure) -> None:
         """Norms of weights and updates, and how large logits are."""
 
-    def record_weights(self, step: int, parameter_norms: FloatArray, update_ratios: FloatArray) -> None:
-        """Norm of every parameter [parameters], and of its last update over that norm [parameters]."""
-
     def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
         """Held-out loss in nats a target."""
 
@@ -127,9 +124,6 @@ class NoTelemetry:
         pass
 
     def record_structure(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_weights(self, *_: object, **__: object) -> None:
         pass
 
     def record_evaluation(self, *_: object, **__: object) -> None:
@@ -284,9 +278,6 @@ class Telemetry:
                 "output_logits": output,
             }
         )
-
-    def record_weights(self, step: int, parameter_norms: FloatArray, update_ratios: FloatArray) -> None:
-        self.record_structure(step, Structure(np.zeros(0), math.nan, parameter_norms, update_ratios))
 
     def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
         fields = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}

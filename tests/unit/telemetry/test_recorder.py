@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from trainer.config.schema import TelemetryConfig
-from trainer.records import Halt, Outcome, Position, RankStats, Skip, Step, StepStats, Timing, Verdict
+from trainer.records import (
+    Halt,
+    IncidentEvent,
+    Outcome,
+    Position,
+    RankStats,
+    Rewind,
+    Skip,
+    Step,
+    StepStats,
+    Structure,
+    Timing,
+    Verdict,
+)
 from trainer.telemetry.ledger import FILE_NAME, Record, read_ledger, standing
 from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt, rounded
 
@@ -158,7 +171,7 @@ def test_arrays_may_be_used_again_at_once(tmp_path: Path) -> None:
     norms, ratios = np.ones(3), np.full(3, 0.5)
     seen = stats(1, 1)
     for step in range(1, 200):
-        telemetry.record_weights(step, norms, ratios)
+        telemetry.record_structure(step, Structure(ratios, 7.0, norms, ratios))
         norms += 1
         record(telemetry, seen, Step(1.0), applied=True)
         seen.parameter_norms[:] += 1
@@ -174,6 +187,10 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     telemetry.message("info", "held-out: 3 documents")
     telemetry.record_evaluation(5, math.inf, 100, 1.5)
     telemetry.record_checkpoint(5, "step-00000005", 0.5, 1000)
+    telemetry.record_snapshot(5, 0.25, 2000)
+    telemetry.record_structure(5, Structure(np.array([1.0, 2.0]), math.inf, np.ones(3), np.full(3, 0.5)))
+    telemetry.record_incident(IncidentEvent(1, "opened", 6, 6, 5, "the loss is high", {"loss": math.inf}))
+    telemetry.record_rewind(Rewind(1, 5, 4, 6, 5, (4, 5), "memory", 0.125, "high"))
     telemetry.close(DONE)
     found = [{**entry, "time": 0} for entry in read_ledger(tmp_path / FILE_NAME)][1:]
     head = {"time": 0, "start": 1}
@@ -181,6 +198,45 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
         {"kind": "message", **head, "step": 0, "level": "info", "text": "held-out: 3 documents"},
         {"kind": "evaluation", **head, "step": 5, "loss": math.inf, "targets": 100, "seconds": 1.5},
         {"kind": "checkpoint", **head, "step": 5, "name": "step-00000005", "seconds": 0.5, "num_bytes": 1000},
+        {"kind": "snapshot", **head, "step": 5, "seconds": 0.25, "num_bytes": 2000},
+        {
+            "kind": "weights",
+            **head,
+            "step": 5,
+            "parameter_norms": [1.0] * 3,
+            "update_ratios": [0.5] * 3,
+            "attention_logits": [1.0, 2.0],
+            "output_logits": math.inf,
+        },
+        {
+            "kind": "incident",
+            **head,
+            "incident": 1,
+            "phase": "opened",
+            "attempt": 6,
+            "step": 6,
+            "batch": 5,
+            "text": "the loss is high",
+            "numbers": {"loss": math.inf},
+        },
+        {
+            "kind": "rewind",
+            **head,
+            "incident": 1,
+            "from_step": 5,
+            "to_step": 4,
+            "attempt": 6,
+            "next_batch": 5,
+            "quarantine": [4, 5],
+            "source": "memory",
+            "seconds": 0.125,
+            "reason": "high",
+            "num_skipped": 0,
+            "num_clipped": 0,
+            "num_incidents": 1,
+            "num_rollbacks": 1,
+            "num_quarantined": 2,
+        },
         {
             "kind": "outcome",
             **head,
@@ -211,7 +267,10 @@ def test_other_ranks_write_nothing(
     monkeypatch.chdir(tmp_path)
     telemetry: Recorder = NoTelemetry()
     record(telemetry, stats(1, 1), Step(1.0), applied=True)
-    telemetry.record_weights(1, np.ones(3), np.ones(3))
+    telemetry.record_structure(1, Structure(np.ones(3), 1.0, np.ones(3), np.ones(3)))
+    telemetry.record_snapshot(1, 0.1, 10)
+    telemetry.record_rewind(Rewind(1, 2, 1, 2, 2, None, "memory", 0.1, "high"))
+    telemetry.record_incident(IncidentEvent(1, "opened", 1, 1, 0, "high"))
     telemetry.record_evaluation(1, 1.0, 1, 1.0)
     telemetry.record_checkpoint(1, "step", 1.0, 1)
     telemetry.message("error", "only rank 0 says it")
