@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 import psutil
@@ -72,8 +71,7 @@ def test_poisoned_data_is_left_out_and_was_never_seen(prepared: Workspace) -> No
 
     code, output = prepared.trimtab("quarantine", str(prepared.run_dir("whole")))
     assert code == 0
-    for batch in skipped:
-        assert re.search(rf"\b{batch}\b", output), output
+    assert "30–33" in output
 
 
 def test_a_run_that_cannot_get_on_halts_with_a_diagnosis(prepared: Workspace) -> None:
