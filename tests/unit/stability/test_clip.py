@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.records import StepStats
@@ -102,6 +102,7 @@ def test_adagc_lets_a_tensor_move_whose_gradient_was_zero_at_first() -> None:
     assert clipper.limits(stats([0.5, 3.0])) == (1.0, (1.0, pytest.approx(0.105)))
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(["norm", "zclip", "adagc"]),
     st.lists(st.lists(st.floats(), min_size=2, max_size=2), max_size=5),

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.stability.detector import SLACK, WINSOR, Channel, Tuning
@@ -29,6 +29,7 @@ def steady(n: int = 200, level: float = 3.0, noise: float = 0.02) -> list[float]
     return [level * math.exp(noise if i % 2 else -noise) for i in range(n)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ANY, max_size=40), ANY, st.sampled_from([LOG, LINEAR]))
 def test_any_value_can_be_judged_and_taken(values: list[float], value: float, tuning: Tuning) -> None:
     channel = fed(values, tuning)
@@ -39,6 +40,7 @@ def test_any_value_can_be_judged_and_taken(values: list[float], value: float, tu
     assert channel.sigma() > 0
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ANY, max_size=40), st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_what_is_not_finite_never_enters(values: list[float], bad: float) -> None:
     channel = fed(values)
@@ -55,6 +57,7 @@ def test_a_zero_says_nothing_to_a_logarithmic_channel() -> None:
     assert channel.score(0.0) < -100
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ANY, min_size=1, max_size=30), st.lists(ANY, min_size=1, max_size=10))
 def test_a_state_restored_through_json_goes_on_the_same(values: list[float], later: list[float]) -> None:
     channel = fed(values)
@@ -69,6 +72,7 @@ def test_a_state_restored_through_json_goes_on_the_same(values: list[float], lat
     assert copy.state() == channel.state()
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=40), st.floats(1e-6, 1e6))
 def test_the_scale_of_the_loss_does_not_matter(values: list[float], factor: float) -> None:
     *past, last = values

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -42,6 +42,7 @@ def test_a_parameter_without_a_gradient_keeps_what_was_known_of_it() -> None:
     assert norms.usual() == pytest.approx([1.0, 4.0, 1.0])
 
 
+@settings(deadline=None, max_examples=60)
 @given(ROWS, ROWS)
 def test_any_norms_are_taken_and_a_restored_state_goes_on_the_same(before, after) -> None:
     norms, copy = ParameterNorms(3), ParameterNorms(3)

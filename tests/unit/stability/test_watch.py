@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_curves import NOISES, SHAPES, alarms_of, curve
 
@@ -70,6 +70,14 @@ def test_a_huge_gradient_alarms_and_one_that_clipping_deals_with_does_not() -> N
     assert (alarm.kind, alarm.channel) == ("spike", "gradient norm")
 
 
+@pytest.mark.parametrize(("step", "factor"), [(3, 500), (6, 250), (12, 250), (40, 250), (200, 50)])
+def test_a_gradient_of_one_faulty_rank_alarms_early_on_too(step: int, factor: float) -> None:
+    losses, norms = curve("power law", "normal", 0.03, 0, step)
+    norms[-1] *= factor
+    ((found, alarm),) = alarms_of(Watch(), losses, norms)
+    assert (found, alarm.channel) == (step, "gradient norm")
+
+
 def test_a_sudden_fall_below_half_alarms() -> None:
     watch = after("plateau")
     assert watch.look(301, 2.4, 0.3) == ()
@@ -110,6 +118,7 @@ def test_parts_have_channels_of_their_own() -> None:
     assert alarm.channel == "loss: entropy"
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ATTEMPT, max_size=20), ATTEMPT)
 def test_looking_and_rejecting_change_nothing_that_is_judged_by(attempts, last) -> None:
     watch = Watch()
@@ -125,6 +134,7 @@ def test_looking_and_rejecting_change_nothing_that_is_judged_by(attempts, last) 
     json.dumps(watch.state(), allow_nan=False)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(ATTEMPT, st.booleans()), max_size=20), st.lists(ATTEMPT, min_size=1, max_size=5))
 def test_a_restored_watch_decides_the_same(attempts, later) -> None:
     watch = Watch()
