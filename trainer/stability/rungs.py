@@ -159,10 +159,10 @@ class Rungs:
         )
 
     def _drifted(self, stats: StepStats, alarms: tuple[Alarm, ...]) -> Verdict:
-        since = min(alarm.since_step for alarm in alarms)
-        incident = self._open(stats, text_of(alarms))
         if not self._can_roll_back:
             return self._only_watch(stats, alarms)
+        since = min(alarm.since_step for alarm in alarms)
+        incident = self._open(stats, text_of(alarms))
         incident.kind = "drift"
         to_step = since - 1 if not incident.rollbacks else min(since - 1, incident.target - 1)
         return self._go_back(stats, text_of(alarms), to_step, alarms, suspects=self._suspects(since, stats))
@@ -257,6 +257,10 @@ class Rungs:
         if all(math.isfinite(value) for value in (stats.loss, stats.grad_norm)):
             if self._config.mode != "off":
                 self._events.append(event_of(0, "notice", stats, f"would act: {reason}"))
+            if all(alarm.kind == "drift" for alarm in alarms):
+                # said once: it is judged anew from the present level
+                self._watch.pardon_drift()
+                return self._accept(stats)
             self._watch.reject(stats.step, stats.loss, stats.grad_norm, stats.parts)
             if self._watch.new_level:
                 self._watch.accept_level()

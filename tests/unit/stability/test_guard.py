@@ -353,3 +353,13 @@ def test_a_loop_of_ones_own_gets_steps_and_skips() -> None:
     assert isinstance(guard.look(usual(40), math.inf), Skip)
     assert isinstance(guard.look(9.5, 1.0), Skip)
     assert isinstance(guard.look(usual(41), 1.0), Step)
+
+
+def test_a_loop_of_ones_own_hears_of_a_drift_once() -> None:
+    guard = Guard(clip=1.0)
+    for step in range(100):
+        guard.look(usual(step), 1.0)
+    verdicts = [guard.look(usual(step) * math.exp(0.002 * (step - 100)), 1.0) for step in range(100, 150)]
+    assert all(isinstance(verdict, Step) for verdict in verdicts)
+    notices = [event for event in guard.drain() if "drifted" in event.text]
+    assert 1 <= len(notices) <= 3
