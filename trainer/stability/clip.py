@@ -20,6 +20,9 @@ ADAGC_RELATIVE = 1.05
 ADAGC_BETA = 0.98
 ADAGC_WARMUP = 100
 
+_LARGEST = 1e150
+"""Of a norm in the averages: its square is still finite."""
+
 Limits = tuple[float, tuple[float, ...] | None]
 
 
@@ -70,7 +73,7 @@ class Clipper:
         if self._clipping == "norm" or not math.isfinite(stats.grad_norm):
             return
         if self._clipping == "zclip":
-            self._accept_zclip(stats.grad_norm)
+            self._accept_zclip(min(stats.grad_norm, _LARGEST))
         else:
             self._accept_adagc(stats)
         self._count += 1
@@ -126,10 +129,9 @@ class Clipper:
         self._variance = ZCLIP_ALPHA * self._variance + (1 - ZCLIP_ALPHA) * (clipped - self._mean) ** 2
 
     def _adagc(self, norms: FloatArray) -> FloatArray:
-        known = (self._gamma > 0.0) & (norms > 0.0) & np.isfinite(norms)
-        scales = np.ones(norms.shape)
-        np.divide(ADAGC_RELATIVE * self._gamma, norms, out=scales, where=known)
-        return np.minimum(scales, 1.0)
+        limits = ADAGC_RELATIVE * self._gamma
+        exceeding = (limits > 0.0) & (norms > limits) & np.isfinite(norms)
+        return np.divide(limits, norms, out=np.ones(norms.shape), where=exceeding)
 
     def _accept_adagc(self, stats: StepStats) -> None:
         norms = stats.parameter_norms

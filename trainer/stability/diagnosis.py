@@ -88,7 +88,8 @@ def _broken(broken: list[str], names: Sequence[str]) -> tuple[str, str]:
 def _sudden(usual: FloatArray, names: Sequence[str], now: FloatArray) -> tuple[str, str] | None:
     if usual.shape != now.shape or not usual.size:
         return None
-    ratios = np.divide(now, usual, out=np.zeros_like(now), where=np.isfinite(usual) & (usual > 0))
+    with np.errstate(over="ignore"):
+        ratios = np.divide(now, usual, out=np.zeros_like(now), where=np.isfinite(usual) & (usual > 0))
     worst = int(ratios.argmax())
     median = float(np.median(ratios[ratios > 0])) if bool((ratios > 0).any()) else 0.0
     if ratios[worst] < SUDDEN or ratios[worst] < APART * median:

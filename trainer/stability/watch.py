@@ -18,7 +18,8 @@ LOSS_TUNING = Tuning("log", floor=0.005, first=0.08, spread=0.1)
 """Batches of millions of tokens have a σ of 0.5 % of the loss; a rise of 4 % is the least that is called sudden. Small
 batches have 3 to 15 %: 8 % is assumed until it is known."""
 GRADIENT_TUNING = Tuning("log", floor=0.05, first=0.25, spread=0.7)
-"""Norms differ by tens of percent between batches, and a ratio of 30 is asked for besides; values within a factor of two of each other are a level."""
+"""Norms differ by tens of percent between batches, and a ratio of 30 is asked for besides. Values within a factor of
+two of each other are a level."""
 PART_TUNING = Tuning("linear", floor=0.02, first=0.05, spread=0.1)
 """In units of the usual loss, since what a part adds to it is what matters: a z-loss close to 0 may double, an L2 term
 may grow for ever without noise, and a part may be negative. A sudden rise is at least 16 % of the loss."""

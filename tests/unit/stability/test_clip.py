@@ -93,6 +93,18 @@ def test_adagc_is_the_algorithm_of_the_paper(clip: float) -> None:
         gamma = 0.98 * gamma + 0.02 * factors * row
 
 
+@pytest.mark.parametrize("clipping", ["zclip", "adagc"])
+@pytest.mark.parametrize("size", [5e-324, 1e-200, 1e200, 1e308])
+@pytest.mark.parametrize("before", [0, 10, 150])
+def test_extreme_norms_are_borne(clipping: Any, size: float, before: int) -> None:
+    clipper = Clipper(1.0, clipping, 1)
+    for row in [*gradients(before, 1), [size], *gradients(150, 1)]:
+        limit, _ = clipper.limits(stats(row))
+        clipper.accept(stats(row))
+        assert 0 <= limit <= 1.0
+    assert all(math.isfinite(clipper.state()[name]) for name in ("mean", "variance"))
+
+
 def test_adagc_lets_a_tensor_move_whose_gradient_was_zero_at_first() -> None:
     clipper = Clipper(1.0, "adagc", 2)
     for _ in range(120):
