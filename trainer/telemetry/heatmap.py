@@ -31,6 +31,14 @@ class _Column:
     """[rows]: the largest of its attempts; NaN where one was NaN."""
 
 
+def load() -> None:
+    """Load matplotlib now, before training begins: its first import holds up every thread for a moment."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.colors
+    import matplotlib.figure
+    import matplotlib.font_manager  # noqa: F401
+
+
 class HeatMap:
     """Norms by row and step in bounded memory: when full, neighbours become one column that shows the larger value, so
     that a spike is never averaged away. What is not finite has a colour of its own."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from trainer.errors import TrimtabError
 from trainer.telemetry.abandoned import Abandoned
 from trainer.telemetry.events import EventFile, layout_of
-from trainer.telemetry.heatmap import HeatMap
+from trainer.telemetry.heatmap import HeatMap, load
 from trainer.telemetry.ledger import FILE_NAME, Record, history, notice
 from trainer.telemetry.markers import Markers
 from trainer.telemetry.scalars import (
@@ -45,6 +45,7 @@ class TensorBoardView:
 
     def __init__(self, folder: Path, picture_every: int = _PICTURE_EVERY):
         """`picture_every`: steps between heat maps of gradient norms; they are at least a minute apart."""
+        load()
         self._folder = folder
         self._main = EventFile(folder / "main")
         self._skipped: EventFile | None = None
