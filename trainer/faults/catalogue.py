@@ -41,6 +41,7 @@ def catalogue(steps: int, ranks: int, stage: int, middle: int | None = None) -> 
     """
     middle = steps // 2 if middle is None else middle
     last = ranks - 1
+    reach = min(steps // 8, 20, middle)
     window = batches(middle, middle + 5)
     flip = at(step=middle).flip_bit_in_weight()
     exercises = [
@@ -56,9 +57,9 @@ def catalogue(steps: int, ranks: int, stage: int, middle: int | None = None) -> 
         Exercise("one-token", window.one_token(), must_notice=False),
         Exercise("shuffled-labels", window.shuffled_labels(), must_notice=False),
         Exercise("learning-rate", at(step=middle).learning_rate_times(30, steps=3)),
-        Exercise("drift", batches(middle - steps // 8, middle + steps // 8).drift(0.03), must_notice=False),
+        Exercise("drift", batches(middle - reach, middle + reach).drift(0.03), must_notice=False),
         Exercise("second-incident", all_of(flip, at(step=middle - 2, rank=last, visit=2).gradient_is_nan())),
-        Exercise("corrupt-snapshot", all_of(at(step=middle - 10).corrupt_snapshot(), flip)),
+        Exercise("corrupt-snapshot", all_of(at(step=max(1, middle - 10)).corrupt_snapshot(), flip)),
         Exercise("disagreement", at(step=middle, rank=last).disagree()),
         Exercise(
             "broken-rank",
@@ -80,12 +81,13 @@ def _possible(exercise: Exercise, ranks: int, stage: int) -> bool:
 def random_faults(seed: int, steps: int, ranks: int, stage: int, every: int = 25) -> tuple[Fault, ...]:
     """Faults of every kind that can be recovered, one in about every `every` steps; none near the end."""
     generator = random.Random(seed)  # noqa: S311 (not a secret)
-    kinds = [exercise.name for exercise in catalogue(steps, ranks, stage) if exercise.name not in _NOT_AT_RANDOM]
-    faults = []
+    names = [each.name for each in catalogue(steps, ranks, stage) if each.name not in _NOT_AT_RANDOM]
+    faults, left = [], list[str]()
     for place in range(every, steps - every, every):
         here = place + generator.randrange(every // 2)
-        by_name = {exercise.name: exercise for exercise in catalogue(steps, ranks, stage, middle=here)}
-        faults.append(by_name[generator.choice(kinds)].fault)
+        left = left or generator.sample(names, len(names))
+        wanted = left.pop()
+        faults += [each.fault for each in catalogue(steps, ranks, stage, middle=here) if each.name == wanted]
     return tuple(faults)
 
 
