@@ -15,8 +15,7 @@ from trainer.stability.clip import Clipper
 
 def stats(norms: Any) -> StepStats:
     parameter_norms = np.asarray(norms, dtype=np.float64)
-    with np.errstate(over="ignore"):
-        norm = float(np.sqrt((parameter_norms**2).sum()))
+    norm = math.hypot(*parameter_norms.tolist())
     return StepStats(
         attempt=1,
         batch_index=0,

@@ -98,6 +98,13 @@ def test_a_fall_to_a_plateau_without_noise_alarms_nowhere(steps: int, height: fl
     assert channel.usual == pytest.approx(2.0, rel=0.01)
 
 
+def test_little_knowledge_makes_wide_thresholds() -> None:
+    few = fed([3.0] * 4)
+    assert few.sigma() == pytest.approx(0.08 * (1 - 4 / 128), rel=0.05)
+    assert few.score(6.0) == pytest.approx(math.log(2) / few.sigma() / 2)
+    assert fed([3.0] * 30).sigma() == pytest.approx(0.08 * (1 - 30 / 128))
+
+
 def test_one_freak_that_was_accepted_moves_little() -> None:
     channel = fed(steady())
     usual, sigma = channel.usual, channel.sigma()
@@ -154,7 +161,7 @@ def test_values_are_consistent_where_they_are_close_finite_and_do_not_rise() -> 
     assert channel.consistent([5.0, 5.1] * 6)
     assert not channel.consistent([5.0, 50.0] * 6)
     assert not channel.consistent([*[5.0, 5.1] * 6, math.nan])
-    assert not channel.consistent([5.0 * 1.06**i for i in range(12)])
+    assert not channel.consistent([5.0 * 1.03**i for i in range(12)])
 
 
 def test_an_adopted_level_is_the_usual_one() -> None:

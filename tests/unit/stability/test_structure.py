@@ -56,6 +56,12 @@ def test_steady_growth_is_said_before_the_limit(field: str) -> None:
     assert "(above 100" not in said[0]
 
 
+def test_values_that_jump_about_are_no_growth() -> None:
+    watch = StructureWatch(NAMES)
+    for i, value in enumerate([10.0, 60.0, 20.0, 50.0, 15.0, 90.0] * 2):
+        assert watch.observe(50 * i, structure(output_logits=value)) == []
+
+
 def test_output_logits_cure_is_the_z_loss() -> None:
     (said,) = StructureWatch(NAMES).observe(50, structure(output_logits=120.0))
     assert "output logits reach 120" in said

@@ -58,14 +58,15 @@ def test_a_drift_alarms_within_40_steps(shape: str, noise: str) -> None:
         assert found, "no alarm"
         step, alarm = found[0]
         assert (alarm.kind, alarm.channel) == ("drift", "loss")
-        assert onset - 5 <= alarm.since_step <= step
+        assert onset - 5 <= alarm.since_step < step - 3
         assert onset < step <= onset + 40
 
 
 def test_a_huge_gradient_alarms_and_one_that_clipping_deals_with_does_not() -> None:
     watch = after()
     usual = 0.3
-    assert watch.look(301, 3.0, 5 * usual) == ()
+    assert watch.look(301, 3.0, 20 * usual) == ()
+    assert watch.scores["gradient norm"] > 8
     (alarm,) = watch.look(301, 3.0, 250 * usual)
     assert (alarm.kind, alarm.channel) == ("spike", "gradient norm")
 
