@@ -181,8 +181,8 @@ def test_bad_data_was_never_seen(two_ranks: RankPool, prepared: Path, stage: int
 
 
 def test_a_soak_in_random_faults_keeps_the_ranks_together(four_ranks: RankPool, prepared: Path) -> None:
-    config = make_config(prepared, 2, schedule={"duration": 120}, batch={"micro": 2}, guard={"max_incidents": 1000})
-    faults = [str(fault) for fault in random_faults(1, 120, 4, 2, every=12)]
+    config = make_config(prepared, 2, schedule={"duration": 84}, batch={"micro": 2}, guard={"max_incidents": 1000})
+    faults = [str(fault) for fault in random_faults(1, 84, 4, 2, every=12)]
     (found,) = together(four_ranks, config=config, root=prepared, sentences=[faults], reference=False)
     assert found["ended"] == "completed", found["message"]
     assert found["lost"] > len(faults)

@@ -41,10 +41,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"trainer.{room}" for room in ROOMS),
     ),
     "trainer.__main__": ("trainer",),
+    "trainer.drill": ("trainer",),
     "launcher": (
         "trainer.config",
         "trainer.telemetry.ledger",
         "trainer.telemetry.console",
+        "trainer.faults",
         "trainer.report",
         "trainer.stability",
         *GROUND,
