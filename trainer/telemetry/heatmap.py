@@ -68,14 +68,18 @@ class HeatMap:
         """Forgets what came after `step`."""
         self._columns = [column for column in self._columns if column.first <= step]
 
-    def __len__(self) -> int:
-        return len(self._columns)
+    @property
+    def norms(self) -> FloatArray:
+        """What is shown, [rows, columns]."""
+        if not self._columns:
+            return np.zeros((len(self._rows), 0))
+        return np.stack([column.norms for column in self._columns], axis=1)
 
     def picture(self) -> Picture | None:
         """None while there is nothing to see: fewer than two columns, or no finite value above 0."""
         if len(self._columns) < 2:
             return None
-        norms = np.stack([column.norms for column in self._columns], axis=1)
+        norms = self.norms
         visible = norms[np.isfinite(norms) & (norms > 0)]
         if not visible.size:
             return None

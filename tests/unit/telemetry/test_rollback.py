@@ -26,6 +26,7 @@ from trainer.records import (
 )
 from trainer.telemetry import scalars as tb
 from trainer.telemetry import tensorboard
+from trainer.telemetry.heatmap import HeatMap
 from trainer.telemetry.ledger import (
     FILE_NAME,
     Record,
@@ -131,6 +132,14 @@ def test_steps_that_were_rolled_back_do_not_stand_and_do_not_survive(run_dir: Pa
     assert survived == [*range(1, 7), *range(11, 16)]
     assert [record["to_step"] for record in surviving(path) if record["kind"] == "rewind"] == [6]
     assert last_incident(path) == 1
+
+
+def test_a_run_that_ends_after_a_rollback_stands_where_it_went_back_to(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps(5)
+    run.rewind(3)
+    run.close()
+    assert standing_attempts(tmp_path) == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_a_resume_from_before_a_rollback_undoes_it(tmp_path: Path) -> None:
@@ -278,6 +287,42 @@ def test_a_second_rollback_of_an_incident_has_a_run_of_its_own(tmp_path: Path) -
     folder = tmp_path / "tensorboard" / "abandoned"
     assert curve(read(folder / "incident-0001"), tb.LOSS) == [(3, 4.0), (4, 4.0)]
     assert curve(read(folder / "incident-0001-2"), tb.LOSS) == [(5, 4.0), (6, 4.0)]
+
+
+def test_the_share_that_was_clipped_is_of_what_stands(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps(2, loss=0.5)
+    run.steps(2)
+    run.rewind(2)
+    run.steps(1, loss=0.5)
+    run.close()
+    main = read(tmp_path / "tensorboard" / "main")
+    assert curve(main, tb.CLIP_RATE) == [(1, 0.0), (2, 0.0), (3, 0.0)]
+
+
+def test_the_heat_map_goes_back_and_keeps_spikes_in_bounded_memory() -> None:
+    heat = HeatMap(num_columns=4)
+    for step in range(1, 6):
+        heat.add(step, {"a": float(step), "b": 99.0 if step == 2 else 1.0})
+    assert heat.norms.tolist() == [[2.0, 4.0, 5.0], [99.0, 1.0, 1.0]]
+    heat.add(6, {"a": math.nan, "b": 1.0})
+    assert np.isnan(heat.norms[0, 2])
+    heat.rewind(4)
+    assert heat.norms.tolist() == [[2.0, 4.0], [99.0, 1.0]]
+    assert heat.picture() is not None
+    heat.rewind(1)
+    assert heat.picture() is None
+
+
+def test_the_picture_of_a_run_forgets_what_was_rolled_back(run_dir: Path) -> None:
+    same = HeatMap()
+    for step in range(1, 12):
+        norm = 4.0 if step <= 6 else 3.0
+        same.add(step, {"embedding": 1.0, "layer 00": 2.0, "layer 01": norm})
+    (last,) = read(run_dir / "tensorboard" / "main").Images(tb.HEAT)
+    expected = same.picture()
+    assert expected is not None
+    assert last.encoded_image_string == expected.png
 
 
 def test_the_console_goes_back_and_counts(run_dir: Path) -> None:
