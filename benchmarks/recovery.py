@@ -46,7 +46,7 @@ def make_config(folder: Path, stage: int, steps: int) -> Any:
         "precision": "fp32",
         "data": {
             "sources": [{"files": [str(library / name / "**/*.py") for name in PACKAGES]}],
-            "tokenizer": {"train": {"vocabulary": 1024}},
+            "tokenizer": {"train": {"vocabulary": 512}},
             "sequence_length": 64,
             "held_out": 0.1,
             "prepared": str(folder / "data"),
@@ -64,7 +64,7 @@ def make_config(folder: Path, stage: int, steps: int) -> Any:
             }
         },
         "batch": {"samples": 16, "micro": 4},
-        "optim": {"lr": 3e-3},
+        "optim": {"lr": 1e-2},
         "schedule": {"duration": steps, "warmup": 10, "kind": "constant"},
         "zero": {"stage": stage},
         "guard": {"verify": 10, "checksum_every": 1},
