@@ -137,8 +137,11 @@ def slots_reused(rank: int, world_size: int, config: RunConfig) -> Any:
         step(engine, config, index, rank, world_size, ring)
         ring.take(index + 1, {})
         sizes.append(ring.num_bytes)
-        places.append({tensor.data_ptr() for slot in ring._all for tensor in slot.storage.values()})
+        places.append({tensor.data_ptr() for slot in ring._slots.values() for tensor in slot.storage.values()})
     ring.take(7, {"again": True})
+    places.append({tensor.data_ptr() for slot in ring._slots.values() for tensor in slot.storage.values()})
+    # the audit of the next one counts from here
+    assert engine.updates.num == 0
     steps = ring.steps()
     return sizes, places, steps, ring.restore(7), read_state(engine)[0]
 

@@ -10,9 +10,9 @@ One step changes a weight by α·|m̂|/(√v̂ + ε) + α·λ·|w|. With r = β�
 
     |m_t| = (1−β₁)·|Σ β₁ⁱ g_{t−i}| ≤ (1−β₁)/√(1−β₂) · √(Σ_{i<t} rⁱ) · √v_t,
 
-and with the corrections of the bias |m̂|/√v̂ ≤ C, the largest value over t of that factor times √(1−β₂ᵗ)/(1−β₁ᵗ). For a
-gradient that comes after zeros alone it is (1−β₁)/√(1−β₂), the bound of Kingma and Ba (2015, section 2.1,
-https://arxiv.org/abs/1412.6980); a history before it can exceed that one. So
+so |m̂|/√v̂ ≤ C = (1−β₁)/√((1−β₂)·(1−r)): the corrections of the bias change nothing, as
+(1−rᵗ)·(1−β₂ᵗ) ≤ (1−β₁ᵗ)². For a gradient that comes after zeros alone it is (1−β₁)/√(1−β₂), the bound of Kingma and
+Ba (2015, section 2.1, https://arxiv.org/abs/1412.6980); a history before it can exceed that one. So
 
     |w − w₀| ≤ S·(C + λ·max|w|).
 
@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,25 +100,13 @@ class Found:
     """Where the first of them lies, for a person."""
 
 
-@lru_cache
 def update_bound(betas: tuple[float, float], eps: float) -> float:
     """C above: the largest |m̂|/(√v̂ + ε) that any gradients can give; infinite where β₁² ≥ β₂ (then nothing bounds it)
     and where ε is too small to cover underflow."""
     first, second = betas
     if first * first >= second or eps < _SMALLEST_EPS:
         return math.inf
-    ratio = first * first / second
-    largest, limit = 0.0, (1 - first) / math.sqrt((1 - second) * (1 - ratio))
-    t = 1
-    # the corrections are within 1e-4 of 1 once both powers are gone
-    while t == 1 or max(first, second) ** t > 1e-5:
-        history = math.sqrt((1 - ratio**t) / (1 - ratio))
-        correction = math.sqrt(1 - second**t) / (1 - first**t)
-        largest = max(largest, (1 - first) / math.sqrt(1 - second) * history * correction)
-        t += 1
-        if t > 1_000_000:
-            break
-    return max(largest, limit)
+    return (1 - first) / math.sqrt((1 - second) * (1 - first * first / second))
 
 
 def limits_of(key: str, largest_before: float | None, updates: Updates | None, adam: Adam) -> Limits:
