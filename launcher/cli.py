@@ -184,7 +184,8 @@ def drill(
             "--faults", metavar="NAME", help="Faults by name (a,b,c), or one as a sentence; may be given again."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps of each run.")] = 80,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of each run; its fault is in the middle.")] = 60,
+    before: Annotated[int, typer.Option(min=0, metavar="N", help="Steps of training before them, made once.")] = 120,
     ranks: RanksOption = None,
     stage: Annotated[int | None, typer.Option(min=0, max=3, metavar="Z", help="ZeRO stage (zero.stage).")] = None,
 ) -> None:
@@ -193,7 +194,7 @@ def drill(
 
     chosen = [*(overrides or ()), *(() if stage is None else (f"zero.stage={stage}",))]
     chosen += [] if ranks is None else [f"cluster.ranks_per_node={ranks}"]
-    report = drills.drill(config, chosen, faults or (), steps, _say)
+    report = drills.drill(config, chosen, faults or (), steps, before, _say)
     _console().print(drills.table(report))
     for line in drills.closing(report):
         print(line, flush=True)
@@ -224,7 +225,7 @@ def judge(
         str | None, typer.Option(metavar="NAME", help="Tag, column or field of the loss. Default: the first 'loss'.")
     ] = None,
     spike: Annotated[float, typer.Option(min=0.1, help="guard.spike to judge by.")] = 8.0,
-    drift: Annotated[float, typer.Option(min=0.1, help="guard.drift to judge by.")] = 12.0,
+    drift: Annotated[float, typer.Option(min=0.1, help="guard.drift to judge by.")] = 10.0,
 ) -> None:
     """Replay a saved loss curve: where would the guard have acted?"""
     from launcher import judge as judging

@@ -277,8 +277,9 @@ class GuardConfig(Section):
     """`act`: the whole ladder. `watch`: alarms are said and nothing is done about them but leaving out gradients that
     are not finite. `off`: only that."""
     spike: PositiveFloat = 8.0
-    """Sudden alarm: robust standard deviations by which the loss or the gradient norm exceeds what is usual."""
-    drift: PositiveFloat = 12.0
+    """Sudden alarm: robust standard deviations by which the loss or the gradient norm exceeds what is usual
+    (docs/detector.md)."""
+    drift: PositiveFloat = 10.0
     """Slow alarm: height of the CUSUM of the loss, in robust standard deviations."""
     replay: bool = True
     """Compute an alarming gradient once more before deciding: tells a fault of the hardware from the data."""

@@ -152,7 +152,7 @@ class Guard(Rungs):
             return self._accept(stats)
         if self._config.mode != "act":
             return self._only_watch(stats, alarms)
-        if all(alarm.kind == "drift" for alarm in alarms):
+        if self._is_slow(stats, alarms):
             return self._drifted(stats, alarms)
         if pending is not None:
             return self._reproduced(stats, alarms)
@@ -181,6 +181,9 @@ class Guard(Rungs):
             text = f"batches that were learned from are predicted worse now ({percent}): the weights are harmed"
             self._say("examined", stats, text, numbers)
             return self._state_harmed(stats, alarms, incident)
+        if all(alarm.kind == "drift" for alarm in alarms):
+            self._say("examined", stats, "batches learned from before are predicted as well as then", numbers)
+            return self._drifted(stats, alarms)
         known = "batches learned from before are predicted as well as then" if growth else "there was no update yet"
         self._say("examined", stats, f"{known}: it is batch {stats.batch_index} itself", numbers)
         incident.kind = "data"

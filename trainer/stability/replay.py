@@ -33,7 +33,7 @@ def judge_curve(
     steps: Sequence[int] | None = None,
     *,
     spike: float = 8.0,
-    drift: float = 12.0,
+    drift: float = 10.0,
 ) -> list[Action]:
     """Replay a saved curve through the detector.
 

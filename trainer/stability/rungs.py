@@ -158,6 +158,12 @@ class Rungs:
             stats, f"{reason}, again with the same data", to_step, alarms, suspects=self._suspects(step - wider, stats)
         )
 
+    def _is_slow(self, stats: StepStats, alarms: tuple[Alarm, ...]) -> bool:
+        """Whether it is a drift of many steps; a short one may be one update's harm, and is looked at like a spike."""
+        since = min((alarm.since_step for alarm in alarms if alarm.kind == "drift"), default=stats.step)
+        only_drift = all(alarm.kind == "drift" for alarm in alarms)
+        return only_drift and (stats.step - since >= self._config.clean_steps or not self._can_examine)
+
     def _drifted(self, stats: StepStats, alarms: tuple[Alarm, ...]) -> Verdict:
         if not self._can_roll_back:
             return self._only_watch(stats, alarms)

@@ -32,6 +32,10 @@ FALL_RATIO = 2.0
 is learned that fast, so the batch is degenerate (one repeated token, duplicates of what was seen, labels in the input).
 Learned from, it harms the model, and taken into the history, it would make normal loss an alarm. Half is far from what
 happens by chance, and twice the threshold since the tail of easy batches is longer than that of hard ones."""
+TOGETHER = (5 / 8, 3 / 8)
+"""Fractions of the sudden threshold that the loss and the gradient norm exceed *together* where either alone would not
+alarm: 5 and 3 standard deviations. Harm by one update shows in both at once. In 19,436 clean steps of real runs
+(benchmarks/ledgers) no step with a loss above 4.5 standard deviations had a norm above 3."""
 NEW_LEVEL = 12
 """Values in a row, all left out, that make a new level where they are consistent."""
 
@@ -76,7 +80,7 @@ class Watch:
         drift: height of the CUSUM, in robust standard deviations, of a slow one.
     """
 
-    def __init__(self, *, spike: float = 8.0, drift: float = 12.0) -> None:
+    def __init__(self, *, spike: float = 8.0, drift: float = 10.0) -> None:
         self._spike = spike
         self._drift = drift
         self._loss = Channel(LOSS_TUNING)
@@ -97,6 +101,10 @@ class Watch:
         for name in sorted(parts):
             channel = self._parts.get(name) or Channel(PART_TUNING)
             alarms += self._judge(f"{LOSS}: {name}", channel, step, parts[name], drifts=True)
+        high, norm_high = self._scores[LOSS], self._scores[GRADIENT]
+        both = high > TOGETHER[0] * self._spike and norm_high > TOGETHER[1] * self._spike
+        if both and all(alarm.kind == "drift" for alarm in alarms):
+            alarms.append(Alarm(LOSS, "spike", loss, self._loss.usual, high, step))
         order = ("nonfinite", "spike", "drift")
         return tuple(sorted(alarms, key=lambda alarm: (order.index(alarm.kind), -abs(alarm.score))))
 

@@ -280,14 +280,32 @@ def test_without_a_place_to_go_back_to_it_halts() -> None:
     assert "no snapshot and no checkpoint" in guard.cannot_roll_back(verdict, split).reason
 
 
+def drifting(guard: Guard, per_step: float) -> tuple[Verdict, StepStats]:
+    """The first verdict that is no step while the loss rises."""
+    for step in range(101, 160):
+        stats = stats_of(step, step - 1, loss=usual(step) * math.exp(per_step * (step - 100)))
+        verdict = guard.judge(stats)
+        if not isinstance(verdict, Step):
+            return verdict, stats
+    raise AssertionError("no alarm")
+
+
+@pytest.mark.parametrize(("now", "quarantined"), [(5.6, False), (4.4, True)])
+def test_a_short_drift_is_looked_at_before_data_is_blamed(now: float, quarantined: bool) -> None:
+    guard = make_guard()
+    train(guard, 100)
+    verdict, stats = drifting(guard, 0.015)
+    assert isinstance(verdict, Replay)
+    assert isinstance(guard.judge(stats), Examine)
+    verdict = guard.weigh(Examination(known=((4.5, now),)))
+    assert isinstance(verdict, Rollback)
+    assert (verdict.quarantine is not None) == quarantined
+
+
 def test_a_drift_goes_back_to_before_it_began() -> None:
     guard = make_guard()
     train(guard, 100)
-    for step in range(101, 160):
-        stats = stats_of(step, step - 1, loss=usual(step) * math.exp(0.004 * (step - 100)))
-        verdict = guard.judge(stats)
-        if not isinstance(verdict, Step):
-            break
+    verdict, stats = drifting(guard, 0.004)
     assert isinstance(verdict, Rollback)
     assert verdict.quarantine is not None
     assert 90 <= verdict.to_step <= 115
