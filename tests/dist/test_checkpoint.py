@@ -81,9 +81,7 @@ EVERY_SETTING = [
 
 
 @pytest.mark.parametrize(("zero", "precision"), EVERY_SETTING)
-def test_resumes_with_the_same_bits(
-    two_ranks: RankPool, tmp_path: Path, zero: dict[str, Any], precision: str
-) -> None:
+def test_resumes_with_the_same_bits(two_ranks: RankPool, tmp_path: Path, zero: dict[str, Any], precision: str) -> None:
     config = make_config(zero=zero, precision=precision)
     for expected, found, losses, resumed in two_ranks(interrupted, config=config, folder=tmp_path / "c"):
         assert losses == resumed
