@@ -1,9 +1,10 @@
 """Every fault of the drill, under this project and under the rules of others: `python benchmarks/recovery.py --write`.
 
-1. Each fault in ZeRO 0 to 3 on 2 and 4 ranks, in a run of 80 steps that the fault strikes in the middle: held-out loss
-   beside the clean run, steps lost, whether the final state is that of the clean run to the bit.
-2. The same faults under clipping alone and under the rules of others (benchmarks/rules.py), ZeRO 2, two ranks, 160
-   steps, the fault at step 110, so that all of their windows are full.
+1. Each fault in ZeRO 0 to 3 on 2 and 4 ranks: a clean run of 170 steps, and from its step 110 on a run with each
+   fault, which strikes at step 140: held-out loss beside the clean run, steps lost, and whether the final state is
+   that of the clean run to the bit.
+2. The same faults under clipping alone and under the rules of others (benchmarks/rules.py), ZeRO 2, two ranks. They
+   have seen the 110 steps before, so that all of their windows are full. What they skip is not made up for.
 
 A small Llama (0.3 M parameters) on real text: packages of Python's own standard library. All runs of one number of
 ranks are made in the same processes. On two cores about fifteen minutes; `--write`: benchmarks/results/recovery.md.
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import logging
 import math
 import os
 import platform
@@ -29,15 +31,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-SHORT, LONG, LATE = 80, 160, 110
+BEFORE, STEPS = 110, 60
 STAGES = (0, 1, 2, 3)
+RULED = 2
+"""The stage in which the rules of others are tried."""
 TOLERANCE, MAX_LOST = 0.01, 50
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "importlib", "multiprocessing", "xml")
 OURS_ONLY = ("second-incident", "corrupt-snapshot", "disagreement", "broken-rank")
 """What presupposes a way back, and what no other rule has a notion of."""
 
 
-def make_config(folder: Path, stage: int, steps: int) -> Any:
+def make_config(folder: Path, stage: int, steps: int = BEFORE + STEPS) -> Any:
     from trainer.config.schema import RunConfig
 
     library = Path(os.__file__).parent
@@ -68,7 +72,7 @@ def make_config(folder: Path, stage: int, steps: int) -> Any:
         "schedule": {"duration": steps, "warmup": 10, "kind": "constant"},
         "zero": {"stage": stage},
         "guard": {"verify": 10, "checksum_every": 1},
-        "snapshots": {"every": 5, "keep": 4},
+        "snapshots": {"every": 5, "keep": 6},
         "evaluation": {"every": None, "max_samples": 256},
         "checkpoint": {"every": None},
         "telemetry": {"tensorboard": False, "console": "quiet", "weights_every": None},
@@ -88,17 +92,18 @@ def rank_main(folder: Path, stages: list[int], faults: list[str], rules: bool) -
     from trainer.config.files import RunFiles
     from trainer.engine.ranks import join
     from trainer.faults.catalogue import catalogue, choose
+    from trainer.stages.build import Setting
     from trainer.stages.drill import drill
     from trainer.stages.prepare import open_run, prepare_run
-    from trainer.stages.build import Setting
     from trainer.stop import StopRequest
 
     torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     ranks = join("cpu")
     files = RunFiles(folder / f"{ranks.world_size}-ranks")
 
-    def setting_of(stage: int, steps: int) -> Any:
-        config = make_config(folder, stage, steps)
+    def setting_of(stage: int) -> Any:
+        config = make_config(folder, stage)
         if ranks.is_first and not files.data.exists():
             files.root.mkdir(exist_ok=True)
             prepare_run(files, config)
@@ -106,26 +111,15 @@ def rank_main(folder: Path, stages: list[int], faults: list[str], rules: bool) -
         return Setting(files, config, ranks, "cpu", "fp32", *open_run(files, config), StopRequest())
 
     table: dict[str, Any] = {"drills": [], "rules": []}
+    names = [name for name in faults if name]
     for stage in stages:
-        exercises = choose(catalogue(SHORT, ranks.world_size, stage), [name for name in faults if name])
-        clean, results = drill(setting_of(stage, SHORT), exercises, show=ranks.is_first)
+        exercises = choose(catalogue(STEPS, ranks.world_size, stage, BEFORE), names)
+        clean, results = drill(setting_of(stage), exercises, before=BEFORE, show=ranks.is_first)
         table["drills"].append({"stage": stage, "ranks": ranks.world_size, "results": list(map(asdict, results))})
         table["drills"][-1]["clean"] = {"held_out_loss": clean.held_out_loss, "alarms": len(clean.alarms)}
     if rules:
-        exercises = choose(catalogue(LONG, ranks.world_size, 2, middle=LATE), [name for name in faults if name])
-        setting = setting_of(2, LONG)
-        clean, results = drill(setting, exercises, show=ranks.is_first)
-        table["clean"] = clean.held_out_loss
-        table["late"] = list(map(asdict, results))
-        from rules import RULES
-
-        for name, make in RULES.items():
-            for each in exercises:
-                if each.name not in OURS_ONLY:
-                    rule = make(total_steps=LONG, max_norm=setting.config.optim.clip)
-                    table["rules"].append({"rule": name, "fault": each.name, **under_rule(setting, rule, each.fault)})
-            if ranks.is_first:
-                print(f"{name}: done", file=sys.stderr, flush=True)
+        exercises = choose(catalogue(STEPS, ranks.world_size, RULED, BEFORE), names)
+        table["rules"] = all_rules(setting_of(RULED), [each for each in exercises if each.name not in OURS_ONLY])
     if ranks.is_first:
         (folder / f"{ranks.world_size}.json").write_text(json.dumps(table))
     dist.barrier()
@@ -134,18 +128,47 @@ def rank_main(folder: Path, stages: list[int], faults: list[str], rules: bool) -
     os._exit(0)
 
 
-def under_rule(setting: Any, rule: Any, fault: Any) -> dict[str, Any]:
-    """Train as a loop with this rule would: judge, clip, step; what it skips is not made up for."""
+def all_rules(setting: Any, exercises: Any) -> list[dict[str, Any]]:
+    """Every rule under every fault."""
+    from rules import RULES
+
+    from trainer.stages.drill import training_before
+
+    entries = []
+    with training_before(setting, BEFORE) as (clean, checkpoint):
+        for name, make in RULES.items():
+            for each in exercises:
+                rule = make(total_steps=BEFORE + STEPS, max_norm=setting.config.optim.clip)
+                for attempt in clean.attempts[:BEFORE]:
+                    rule.judge(attempt.stats.loss, attempt.stats.grad_norm)
+                entries.append({"rule": name, "fault": each.name, **under_rule(setting, rule, each.fault, checkpoint)})
+            if setting.ranks.is_first:
+                print(f"{name}: done", file=sys.stderr, flush=True)
+    return entries
+
+
+def under_rule(setting: Any, rule: Any, fault: Any, checkpoint: Any) -> dict[str, Any]:
+    """Go on as a loop with this rule would: judge, clip, step."""
+    import shutil
     from dataclasses import replace
+
+    import torch.distributed as dist
 
     from trainer.config.files import RunFiles
     from trainer.records import Outcome
     from trainer.stages.exercise import Unsaved, release
 
-    stage = Unsaved(replace(setting, files=RunFiles(setting.files.root / "rule")), [fault])
+    files = RunFiles(setting.files.root / "rule")
+    dist.barrier()
+    if setting.ranks.is_first:
+        shutil.rmtree(files.root, ignore_errors=True)
+        files.root.mkdir()
+        files.checkpoints.symlink_to(checkpoint)
+    dist.barrier()
+    stage = Unsaved(replace(setting, files=files), [fault])
     skipped, verdict, held_out, alarms = 0, "apply", math.nan, 0
     with stage.parts() as parts:
-        for step in range(1, LONG + 1):
+        for step in range(BEFORE + 1, BEFORE + STEPS + 1):
             stats = parts.engine.accumulate(next(parts.stream), attempt=step, step=step)
             verdict = rule.judge(stats.loss, stats.grad_norm)
             alarms += rule.alarmed
@@ -157,8 +180,8 @@ def under_rule(setting: Any, rule: Any, fault: Any) -> dict[str, Any]:
             if verdict == "stop":
                 break
         else:
-            held_out = parts.evaluate(LONG)
-    stage.telemetry.close(Outcome("completed", 0, "", 0, LONG, None))
+            held_out = parts.evaluate(BEFORE + STEPS)
+    stage.telemetry.close(Outcome("completed", 0, "", 0, BEFORE + STEPS, None))
     release(stage.engine)
     return {
         "stopped": verdict == "stop",
@@ -207,16 +230,18 @@ def sweep_table(drills: list[dict[str, Any]]) -> list[str]:
 
 
 def rules_table(table: dict[str, Any]) -> list[str]:
-    """Held-out loss beside the clean run, fault × rule."""
+    """Held-out loss beside the clean run, fault × rule; ours on the same stage and ranks."""
     rules = list(dict.fromkeys(entry["rule"] for entry in table["rules"]))
+    (ours,) = [drill for drill in table["drills"] if drill["stage"] == RULED]
+    clean = ours["clean"]["held_out_loss"]
     lines = [f"| fault | ours | {' | '.join(rules)} |", "|---|---|" + "---|" * len(rules)]
-    for result in table["late"]:
+    for result in ours["results"]:
         if result["name"] in OURS_ONLY:
             continue
-        cells = [_cell(result["held_out_loss"], table["clean"], stopped=result["outcome"] == "halted")]
+        cells = [_cell(result["held_out_loss"], clean, stopped=result["outcome"] == "halted")]
         for rule in rules:
             (entry,) = [e for e in table["rules"] if e["rule"] == rule and e["fault"] == result["name"]]
-            cells.append(_cell(entry["held_out_loss"], table["clean"], stopped=entry["stopped"]))
+            cells.append(_cell(entry["held_out_loss"], clean, stopped=entry["stopped"]))
         lines.append(f"| {result['name']} | {' | '.join(cells)} |")
     return lines
 
@@ -258,11 +283,11 @@ def main() -> None:
         rank_main(options.rank_in, options.stages, options.faults, options.rules)
         return
     began = time.perf_counter()
+    wants_rules = not options.no_rules and RULED in options.stages
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tables = [
-            start(folder, ranks, options, rules=not options.no_rules and ranks == options.ranks[0])
-            for ranks in options.ranks
+            start(folder, ranks, options, rules=wants_rules and ranks == options.ranks[0]) for ranks in options.ranks
         ]
     drills = [drill for table in tables for drill in table["drills"]]
     failed = failures(drills)

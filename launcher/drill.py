@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 MODULE = "trainer.drill"
 
 
-def drill_config(config: RunConfig, steps: int) -> RunConfig:
-    """`config` as a short run: its model, data, batch and guard, its schedule drawn together to `steps` steps, frequent
-    snapshots, and no checkpoints.
+def drill_config(config: RunConfig, steps: int, before: int) -> RunConfig:
+    """`config` as a short run: its model, data, batch and guard, its schedule drawn together to `before` + `steps`
+    steps, frequent snapshots, and no checkpoints.
 
     Raises:
         ConfigError: too few steps.
@@ -33,12 +33,12 @@ def drill_config(config: RunConfig, steps: int) -> RunConfig:
     if steps < MIN_STEPS:
         raise ConfigError([("--steps", f"a drill takes at least {MIN_STEPS} steps, not {steps}")], "the command line")
     numbers = arithmetic(config, config.cluster.nodes * config.cluster.ranks_per_node)
-    share = steps / numbers.steps
+    share = (before + steps) / numbers.steps
 
     def shorter(amount: int) -> int:
         return min(amount, max(1, round(amount * share))) if amount else 0
 
-    schedule = {"unit": "steps", "duration": steps, "warmup": shorter(numbers.warmup_steps)}
+    schedule = {"unit": "steps", "duration": before + steps, "warmup": shorter(numbers.warmup_steps)}
     if config.schedule.kind == "wsd":
         schedule["decay"] = shorter(numbers.decay_steps) or 1
     guard, every = config.guard, max(1, steps // 16)
@@ -50,7 +50,7 @@ def drill_config(config: RunConfig, steps: int) -> RunConfig:
             # under ZeRO 1 and 2 a flip in one rank's copy of the weights lasts for one step
             "checksum_every": 1,
         },
-        "snapshots": {"every": min(config.snapshots.every or every, every), "keep": max(config.snapshots.keep, 4)},
+        "snapshots": {"every": min(config.snapshots.every or every, every), "keep": max(config.snapshots.keep, 6)},
         "evaluation": {"every": None},
         "checkpoint": {"every": None},
         "telemetry": {"tensorboard": False, "console": "quiet"},
@@ -59,7 +59,9 @@ def drill_config(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"name": f"drill-{config.name}", "faults": (), **sections})
 
 
-def drill(source: Path, overrides: Sequence[str], wanted: Sequence[str], steps: int, say: start.Say) -> dict[str, Any]:
+def drill(
+    source: Path, overrides: Sequence[str], wanted: Sequence[str], steps: int, before: int, say: start.Say
+) -> dict[str, Any]:
     """Run the drill on this machine; the content of its `drill.json`, with `root` beside it.
 
     Raises:
@@ -67,9 +69,9 @@ def drill(source: Path, overrides: Sequence[str], wanted: Sequence[str], steps: 
         SystemExit: it ended early, and has said why.
     """
     request = start.read_request(source, overrides)
-    config = drill_config(request.config, steps)
+    config = drill_config(request.config, steps, before)
     ranks = config.cluster.nodes * config.cluster.ranks_per_node
-    chosen = choose(catalogue(steps, ranks, config.zero.stage), wanted)
+    chosen = choose(catalogue(steps, ranks, config.zero.stage, before), wanted)
     for warning in request.warnings:
         say(f"warning: {warning}")
     start.require_startable(config)
@@ -77,8 +79,9 @@ def drill(source: Path, overrides: Sequence[str], wanted: Sequence[str], steps: 
     with start.entered(start.Request(config, root, ()), False, say) as lock:
         plan = start.make_ready(start.Request(config, root, ()), lock, say)
         (root / REPORT).unlink(missing_ok=True)
-        write_atomically(root / REQUEST, json.dumps({"faults": list(wanted)}, ensure_ascii=False))
-        say(f"{steps} steps, once clean and {len(chosen)} times with a fault; {root}")
+        asked = {"faults": list(wanted), "steps": steps, "before": before}
+        write_atomically(root / REQUEST, json.dumps(asked, ensure_ascii=False))
+        say(f"{before} steps, then {steps} steps once clean and {len(chosen)} times with a fault; {root}")
         _run(config, plan, root, lock, say)
     return {"root": str(root), **json.loads((root / REPORT).read_text(encoding="utf-8"))}
 
@@ -111,9 +114,8 @@ def table(report: dict[str, Any]) -> Table:
 
     clean = report["clean"]
     ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']} ranks"
-    title = (
-        f"{report['steps']} steps, ZeRO {report['stage']}, {ranks}, held-out loss {_number(clean['held_out_loss'], 4)}"
-    )
+    place = f"{report['steps']} steps after {report['before']}, ZeRO {report['stage']}, {ranks}"
+    title = f"{place}, held-out loss of the clean run {_number(clean['held_out_loss'], 4)}"
     result = Table(title=title, title_justify="left", title_style="")
     for heading in ("fault", "outcome"):
         result.add_column(heading, no_wrap=True)

@@ -36,24 +36,25 @@ def main(arguments: Sequence[str]) -> int:
 def _drill(files: RunFiles) -> int:
     quieten()
     config = read_run_config(files.root)
-    wanted = json.loads((files.root / REQUEST).read_text(encoding="utf-8"))["faults"]
+    request = json.loads((files.root / REQUEST).read_text(encoding="utf-8"))
     device, precision = settle(config)
     from trainer.engine.ranks import join, leave
 
     ranks = join(device)
     if device == "cpu":
         set_threads(files, config)
+    from trainer.stages.build import Setting
     from trainer.stages.drill import drill
     from trainer.stages.prepare import open_run, write_whole
-    from trainer.stages.build import Setting
 
     prepared, facts = open_run(files, config)
     setting = Setting(files, config, ranks, device, precision, prepared, facts, StopRequest())
-    steps = config.schedule.duration
-    exercises = choose(catalogue(steps, ranks.world_size, config.zero.stage), wanted)
-    clean, results = drill(setting, exercises, show=ranks.is_first)
+    before, steps = request["before"], request["steps"]
+    exercises = choose(catalogue(steps, ranks.world_size, config.zero.stage, before), request["faults"])
+    clean, results = drill(setting, exercises, before=before, show=ranks.is_first)
     if ranks.is_first:
         report = {
+            "before": before,
             "steps": steps,
             "ranks": ranks.world_size,
             "stage": config.zero.stage,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,14 @@ def runs(rank: int, world_size: int, config: RunConfig, root: Path, sentences: l
     files = RunFiles(root / "run")
     data, facts = open_run(files, config)
     setting = Setting(files, config, Ranks(rank, world_size, rank), "cpu", "fp32", data, facts, StopRequest())
-    from trainer.stages.drill import without
-
     told = []
     for index, faults in enumerate(sentences):
         run = exercise(setting, [parse_fault(fault) for fault in faults], name=f"{world_size}-{index}")
-        excluded = without(setting, run.quarantine).digest if reference and run.quarantine else None
+        excluded = None
+        if reference and run.quarantine:
+            data = config.data.model_copy(update={"exclude_batches": run.quarantine})
+            without = replace(setting, config=config.model_copy(update={"data": data}))
+            excluded = exercise(without, name=f"{world_size}-excluded").digest
         told.append(
             {
                 "ended": run.ended,

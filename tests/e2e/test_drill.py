@@ -8,8 +8,8 @@ from workspace import Workspace
 
 
 def test_a_drill_of_ones_own_config(prepared: Workspace) -> None:
-    faults = ("--faults", "gradient-nan,weight-bit", "--faults", "at(batch=20).data_is_nan()")
-    code, output = prepared.trimtab("drill", "config.yaml", "optim.lr=5e-3", "--steps", "40", *faults)
+    faults = ("--faults", "gradient-nan,weight-bit", "--faults", "at(batch=40).data_is_nan()")
+    code, output = prepared.trimtab("drill", "config.yaml", "optim.lr=5e-3", "--steps", "40", "--before", "20", *faults)
     assert code == 0, output
     root = prepared.run_dir("drill-small")
     report = json.loads((root / "drill.json").read_text())
@@ -22,7 +22,7 @@ def test_a_drill_of_ones_own_config(prepared: Workspace) -> None:
     assert transient["same_bits"] == flipped["same_bits"] == "clean"
     assert flipped["rungs"] == ["rollback"]
     assert 0 < flipped["lost"] <= 20
-    assert bad["quarantine"] == [[20, 20]]
+    assert bad["quarantine"] == [[40, 40]]
     assert bad["same_bits"] == "excluded"
     assert "3 of 3 faults ended as they should" in output
     assert (root / "weight-bit/ledger.jsonl").exists()
@@ -43,7 +43,7 @@ def test_what_cannot_be_drilled_is_refused_before_anything_starts(workspace: Wor
 
 def test_a_fault_that_is_not_recovered_fails_the_drill(prepared: Workspace) -> None:
     code, output = prepared.trimtab(
-        "drill", "config.yaml", "guard.mode=off", "--steps", "40", "--faults", "gradient-huge"
+        "drill", "config.yaml", "guard.mode=off", "--steps", "40", "--before", "0", "--faults", "gradient-huge"
     )
     assert code == 1, output
     assert "gradient-huge failed: it went unnoticed" in output

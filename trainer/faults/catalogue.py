@@ -16,7 +16,7 @@ REQUEST, REPORT = "request.json", "drill.json"
 """In the directory of a drill: which faults are wanted; what became of them."""
 
 MIN_STEPS = 40
-"""Of a drill: the guard knows what is usual before a fault strikes, and there is time to recover after it."""
+"""Of a drill: there is a snapshot before a fault strikes, and time to recover after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,14 @@ class Exercise:
     """What the diagnosis of a halt must hold."""
 
 
-def catalogue(steps: int, ranks: int, stage: int, middle: int | None = None) -> tuple[Exercise, ...]:
-    """Every fault of the drill that can happen to so many ranks in this ZeRO stage.
+def catalogue(steps: int, ranks: int, stage: int, before: int = 0) -> tuple[Exercise, ...]:
+    """Every fault of the drill that can happen to so many ranks in this ZeRO stage, in the middle of the `steps` that
+    follow on `before` others."""
+    return _placed(before + steps // 2, min(steps // 8, 20), ranks, stage)
 
-    Args:
-        middle: the step at which they strike; by default half of the steps.
-    """
-    middle = steps // 2 if middle is None else middle
+
+def _placed(middle: int, reach: int, ranks: int, stage: int) -> tuple[Exercise, ...]:
     last = ranks - 1
-    reach = min(steps // 8, 20, middle)
     window = batches(middle, middle + 5)
     flip = at(step=middle).flip_bit_in_weight()
     exercises = [
@@ -81,13 +80,13 @@ def _possible(exercise: Exercise, ranks: int, stage: int) -> bool:
 def random_faults(seed: int, steps: int, ranks: int, stage: int, every: int = 25) -> tuple[Fault, ...]:
     """Faults of every kind that can be recovered, one in about every `every` steps; none near the end."""
     generator = random.Random(seed)  # noqa: S311 (not a secret)
-    names = [each.name for each in catalogue(steps, ranks, stage) if each.name not in _NOT_AT_RANDOM]
+    names = [each.name for each in _placed(every, 1, ranks, stage) if each.name not in _NOT_AT_RANDOM]
     faults, left = [], list[str]()
     for place in range(every, steps - every, every):
         here = place + generator.randrange(every // 2)
         left = left or generator.sample(names, len(names))
         wanted = left.pop()
-        faults += [each.fault for each in catalogue(steps, ranks, stage, middle=here) if each.name == wanted]
+        faults += [each.fault for each in _placed(here, 1, ranks, stage) if each.name == wanted]
     return tuple(faults)
 
 

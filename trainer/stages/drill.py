@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+from trainer.config.files import RunFiles
 from trainer.faults.catalogue import Exercise
 from trainer.stages.build import Setting
 from trainer.stages.exercise import Run, exercise, rungs
@@ -46,10 +50,13 @@ class Result:
     quarantine: tuple[tuple[int, int], ...]
 
 
-def drill(setting: Setting, exercises: Sequence[Exercise], *, show: bool) -> tuple[Run, list[Result]]:
+def drill(
+    setting: Setting, exercises: Sequence[Exercise], *, before: int = 0, show: bool = False
+) -> tuple[Run, list[Result]]:
     """The clean run, and the result of each exercise. A collective.
 
     Args:
+        before: steps that only the clean run makes; all others go on from there, to the bit.
         show: say on standard error how it gets on.
     """
 
@@ -57,29 +64,37 @@ def drill(setting: Setting, exercises: Sequence[Exercise], *, show: bool) -> tup
         if show:
             print(text, file=sys.stderr, flush=True)
 
-    clean = exercise(setting, name="clean")
-    say(f"clean: held-out loss {clean.held_out_loss:.4f}, {clean.seconds:.1f} s")
-    results: list[Result] = []
-    references: dict[tuple[tuple[int, int], ...], str] = {}
-    for number, each in enumerate(exercises, 1):
-        run = exercise(setting, [each.fault], name=_folder(each.name))
-        if compares_with_exclusion(run, clean) and run.quarantine not in references:
-            references[run.quarantine] = without(setting, run.quarantine).digest
-        results.append(assess(each, run, clean, references.get(run.quarantine)))
-        say(f"{number}/{len(exercises)} {each.name}: {results[-1].outcome}, {run.seconds:.1f} s")
+    with training_before(setting, before) as (clean, start):
+        say(f"clean: held-out loss {clean.held_out_loss:.4f}, {clean.seconds:.1f} s")
+        results: list[Result] = []
+        references: dict[tuple[tuple[int, int], ...], str] = {}
+        for number, each in enumerate(exercises, 1):
+            run = exercise(setting, [each.fault], name=_folder(each.name), start=start)
+            left_out = run.quarantine
+            if compares_with_exclusion(run, clean) and left_out not in references:
+                reference = exercise(setting, name="excluded", start=start, leave_out=left_out)
+                references[left_out] = reference.digest
+            results.append(assess(each, run, clean, references.get(left_out)))
+            say(f"{number}/{len(exercises)} {each.name}: {results[-1].outcome}, {run.seconds:.1f} s")
     return clean, results
+
+
+@contextmanager
+def training_before(setting: Setting, before: int) -> Iterator[tuple[Run, Path | None]]:
+    """The clean run, and the checkpoints folder of its step `before`, which is there within the context; None: 0."""
+    clean = exercise(setting, name="clean", keep_step=before or None)
+    folder = RunFiles(setting.files.root / "clean").checkpoints
+    try:
+        yield clean, folder if before else None
+    finally:
+        if setting.ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def compares_with_exclusion(run: Run, clean: Run) -> bool:
     """Whether the run should end with the bits of one that never saw what was left out."""
-    return run.ended == "completed" and run.digest != clean.digest and bool(run.quarantine) and not run.cooled
-
-
-def without(setting: Setting, quarantine: tuple[tuple[int, int], ...]) -> Run:
-    """The clean run on data from which batches were excluded from the start."""
-    config = setting.config
-    data = config.data.model_copy(update={"exclude_batches": quarantine})
-    return exercise(replace(setting, config=config.model_copy(update={"data": data})), name="excluded")
+    left_out = run.quarantine != clean.quarantine
+    return run.ended == "completed" and run.digest != clean.digest and left_out and not run.cooled
 
 
 def assess(each: Exercise, run: Run, clean: Run, excluded: str | None = None) -> Result:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,25 +135,53 @@ class Watched:
 
 
 class Unsaved(Pretraining):
-    """Pretraining that leaves no checkpoint behind."""
+    """Pretraining that saves nothing, or one step only."""
+
+    keep_step: int | None = None
 
     def _save(self, position: Position) -> None:
-        pass
+        if position.step == self.keep_step:
+            super()._save(position)
 
 
-def exercise(setting: Setting, faults: Sequence[Fault] = (), *, name: str) -> Run:
-    """Train `setting.config` from its first step to its last, with the faults, and tell what happened.
+def exercise(
+    setting: Setting,
+    faults: Sequence[Fault] = (),
+    *,
+    name: str,
+    start: Path | None = None,
+    keep_step: int | None = None,
+    leave_out: Sequence[tuple[int, int]] = (),
+) -> Run:
+    """Train `setting.config` to its last step, with the faults, and tell what happened.
 
     The ledger and the incidents lie in the folder `name` of the run directory, which is made anew. A collective.
+
+    Args:
+        start: a checkpoints folder to go on from; by default it begins with the first step.
+        keep_step: save a checkpoint at this step, and at no other.
+        leave_out: batches in quarantine from the beginning, first … last.
     """
     ranks = setting.ranks
     root = setting.files.root / name
     if ranks.is_first:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
+        if start is not None:
+            RunFiles(root).checkpoints.symlink_to(start)
     dist.barrier()
     setting = replace(setting, files=RunFiles(root))
+    if keep_step is not None:
+        config = setting.config
+        every = config.checkpoint.model_copy(update={"every": keep_step})
+        setting = replace(setting, config=config.model_copy(update={"checkpoint": every}))
     stage = Unsaved(setting, faults)
+    stage.keep_step = keep_step
+    for first, last in leave_out:
+        stage.stream.leave_out(first, last)
+    if leave_out:
+        # what was read ahead does not know of it
+        stage.stream.seek(stage.stream.next_batch)
     run = Run()
     telemetry = stage.telemetry
     stage.telemetry = Watched(telemetry, run)  # type: ignore[assignment]
@@ -170,6 +199,9 @@ def exercise(setting: Setting, faults: Sequence[Fault] = (), *, name: str) -> Ru
     run.quarantine = stage.stream.quarantine.ranges
     run.struck = first_strike(stage.injector, faults, run)
     release(stage.engine)
+    dist.barrier()
+    if start is not None and ranks.is_first:
+        RunFiles(root).checkpoints.unlink()
     return run
 
 

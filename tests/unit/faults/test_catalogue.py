@@ -11,13 +11,14 @@ from trainer.faults.catalogue import MIN_STEPS, catalogue, choose, random_faults
 
 @pytest.mark.parametrize("steps", [MIN_STEPS, 80, 1000])
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3), (4, 2)])
-def test_every_fault_can_happen_in_the_run(steps: int, ranks: int, stage: int) -> None:
-    exercises = catalogue(steps, ranks, stage)
+@pytest.mark.parametrize("before", [0, 100])
+def test_every_fault_can_happen_in_the_run(steps: int, ranks: int, stage: int, before: int) -> None:
+    exercises = catalogue(steps, ranks, stage, before)
     assert len({exercise.name for exercise in exercises}) == len(exercises)
     for exercise in exercises:
         assert parse_fault(str(exercise.fault)) == exercise.fault
         for strike in exercise.fault.strikes:
-            assert 1 <= strike.first <= (strike.last or 0) < steps - 10
+            assert before < strike.first <= (strike.last or 0) < before + steps - 10
             assert strike.rank is None or strike.rank < ranks
     kinds = {strike.kind for exercise in exercises for strike in exercise.fault.strikes}
     assert (Kind.FLIP_BIT_IN_REPLICA in kinds) == (ranks > 1 and stage < 3)

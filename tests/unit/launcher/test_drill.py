@@ -27,14 +27,14 @@ def test_a_drill_is_the_users_run_only_shorter() -> None:
     config = config_of(
         "schedule.duration=5200", "schedule.warmup=400", "guard.spike=7", "faults=[at(step=9).disagree()]"
     )
-    short = drill_config(config, 80)
+    short = drill_config(config, 60, 20)
     for section in ("data", "model", "objective", "batch", "optim", "zero", "cluster", "seed"):
         assert getattr(short, section) == getattr(config, section)
     assert short.name == "drill-quickstart"
     assert short.guard.spike == 7
     assert short.faults == ()
     assert (short.schedule.duration, short.schedule.warmup, short.schedule.kind) == (80, 6, config.schedule.kind)
-    assert short.snapshots.every == 5
+    assert short.snapshots.every == 3
     assert short.checkpoint.every is None
 
 
@@ -46,7 +46,7 @@ def test_its_schedule_is_the_users_drawn_together(kind: str, unit: str) -> None:
         f"schedule.kind={kind}", f"schedule.unit={unit}", f"schedule.duration={800 * amount}",
         f"schedule.warmup={200 * amount}",
     )  # fmt: skip
-    short = drill_config(long, 80)
+    short = drill_config(long, 60, 20)
     for step in (1, 10, 20, 40, 60, 79, 80):
         expected = learning_rate(long.optim, long.schedule, arithmetic(long, 2), step * 10)
         found = learning_rate(short.optim, short.schedule, arithmetic(short, 2), step)
@@ -55,7 +55,7 @@ def test_its_schedule_is_the_users_drawn_together(kind: str, unit: str) -> None:
 
 def test_too_short_a_drill_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 40 steps, not 39"):
-        drill_config(config_of(), 39)
+        drill_config(config_of(), 39, 100)
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -76,7 +76,15 @@ def report(**changes: Any) -> dict[str, Any]:
         "quarantine": [],
     }
     clean = {"held_out_loss": 2.5, "seconds": 3.0, "alarms": []}
-    return {"root": "runs/x", "steps": 80, "ranks": 2, "stage": 2, "clean": clean, "results": [result | changes]}
+    return {
+        "root": "runs/x",
+        "steps": 60,
+        "before": 20,
+        "ranks": 2,
+        "stage": 2,
+        "clean": clean,
+        "results": [result | changes],
+    }
 
 
 def shown(told: dict[str, Any]) -> str:
