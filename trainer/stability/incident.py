@@ -24,6 +24,10 @@ class Incident:
     kind: str = "open"
     """open · transient · data · state · replica · audit · disagreement · drift"""
     skipped: int = 0
+    culprits: tuple[int, ...] = ()
+    """Ranks that alone were not finite at the newest batch that was left out."""
+    same_ranks: int = 0
+    """Batches in a row for which these were the same."""
     rollbacks: int = 0
     redone: bool = False
     """A rollback without quarantine was made: what comes again is not a fault of the hardware."""
@@ -68,7 +72,13 @@ class Incident:
     @staticmethod
     def from_json(saved: dict[str, Any]) -> Incident:
         checksums = saved["checksums"]
-        return Incident(**saved | {"checksums": checksums and (checksums[0], tuple(checksums[1]))})
+        return Incident(
+            **saved
+            | {
+                "checksums": checksums and (checksums[0], tuple(checksums[1])),
+                "culprits": tuple(saved["culprits"]),
+            }
+        )
 
 
 @dataclass(slots=True)

@@ -35,6 +35,8 @@ RECENT = 256
 """Accepted steps whose batch is remembered: the widest window that a rollback can leave out."""
 _AUDIT_DELAY = 2
 """The audit of the state of step s is known when step s + 2 is judged."""
+_SAME_RANK = 4
+"""Batches in a row that are not finite on the same ranks only: it is not the data, which differs from rank to rank."""
 _CLOSE_AFTER = 5
 """An incident is closed unverified after so many times `guard.verify` steps."""
 
@@ -115,6 +117,15 @@ class Rungs:
         incident, ladder = self._open(stats, reason), self._ladder
         ladder.consecutive_skips += 1
         self._watch.reject(stats.step, stats.loss, stats.grad_norm, stats.parts)
+        culprits = self._culprits(stats)
+        incident.same_ranks = incident.same_ranks + 1 if culprits and culprits == incident.culprits else 1
+        incident.culprits = culprits
+        if culprits and incident.same_ranks >= _SAME_RANK:
+            whose = attribution.named(culprits, self._hosts)
+            text = (
+                f"{reason} for {incident.same_ranks} batches in a row, and on {whose} alone: its hardware is at fault"
+            )
+            return self._halt(stats, f"{text}. Take that machine out and go on from the last checkpoint")
         if ladder.consecutive_skips > self._config.max_consecutive_skips:
             if not self._watch.new_level:
                 text = (
@@ -306,12 +317,15 @@ class Rungs:
                 ladder.incidents, cause, stats.step, stats.batch_index, self._watch.usual_loss, self._watch.loss_scale
             )
             numbers = {"loss": stats.loss, "norm": stats.grad_norm} | self._watch.scores
-            bad = attribution.bad_ranks(stats.ranks)
-            of_whom = ""
-            if bad and len(bad) < max(len(stats.ranks.losses), len(stats.ranks.grad_norms)):
-                of_whom = f", on {attribution.named(bad, self._hosts)}"
+            bad = self._culprits(stats)
+            of_whom = f", on {attribution.named(bad, self._hosts)}" if bad else ""
             self._say("opened", stats, f"{cause}{_where(stats, self._names)}{of_whom}", numbers)
         return ladder.open
+
+    def _culprits(self, stats: StepStats) -> tuple[int, ...]:
+        """Ranks that alone are not finite; none where all are."""
+        bad = attribution.bad_ranks(stats.ranks)
+        return tuple(bad) if len(bad) < max(len(stats.ranks.losses), len(stats.ranks.grad_norms)) else ()
 
     def _halt(self, stats: StepStats, text: str) -> Halt:
         if self._ladder.open:

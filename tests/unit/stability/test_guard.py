@@ -228,6 +228,25 @@ def test_batches_that_never_give_a_finite_gradient_halt() -> None:
     assert "embed.weight" in guard.drain()[0].text
 
 
+def test_a_rank_that_is_never_finite_is_named_before_good_data_is_blamed() -> None:
+    guard = make_guard()
+    train(guard, 20)
+    verdicts: list[Verdict] = []
+    for batch in range(20, 40):
+        bad = stats_of(21, batch, norm=math.nan)
+        bad = replace(bad, ranks=replace(bad.ranks, grad_norms=np.array([1.0, math.nan])))
+        verdict = guard.judge(bad)
+        if isinstance(verdict, Replay):
+            verdict = guard.judge(bad)
+        if isinstance(verdict, Examine):
+            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdicts.append(verdict)
+        if isinstance(verdict, Halt):
+            break
+    assert [type(verdict) for verdict in verdicts] == [Skip, Skip, Skip, Halt]
+    assert "on rank 1 on node-b alone" in verdicts[-1].reason  # type: ignore[union-attr]
+
+
 def test_ranks_that_decide_differently_go_back_once_and_then_halt() -> None:
     guard = make_guard()
     train(guard, 30)
