@@ -99,14 +99,14 @@ class Rungs:
         if incident.back_on_trajectory:
             how = {"transient": "nothing was lost of the clean run", "data": "the data was left out"}
             text = (
-                f"recovered: the loss of {incident.clean} steps, {incident.loss_since:.4f}, is back on its trajectory "
+                f"the loss of {incident.clean} steps, {incident.loss_since:.4f}, is back on its trajectory "
                 f"({incident.usual_loss:.4f} before); {how.get(incident.kind, 'training goes on from a healthy state')}"
             )
         elif incident.clean < _CLOSE_AFTER * self._config.verify:
             return
         else:
             text = (
-                f"closed, not verified: the loss of {incident.clean} steps, {incident.loss_since:.4f}, is still above "
+                f"not verified: the loss of {incident.clean} steps, {incident.loss_since:.4f}, is still above "
                 f"its trajectory ({incident.usual_loss:.4f} before), without an alarm"
             )
         verified = float(incident.back_on_trajectory)
