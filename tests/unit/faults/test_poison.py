@@ -82,6 +82,8 @@ def test_what_each_does() -> None:
     labels, inputs = labels_and_inputs(batches(3, 4).one_token(), 3)
     assert len(np.unique(labels)) == len(np.unique(inputs)) == 1
     assert labels[0, 0] == inputs[0, 0] == labels_and_inputs(batches(3, 4).one_token(), 4)[0][0, 0]
+    _, inputs = labels_and_inputs(batches(3, 4).random_tokens(), 3)
+    assert len(np.unique(inputs, axis=0)) == SAMPLES, "each sample has tokens of its own"
     labels, _ = labels_and_inputs(batches(3, 4).shuffled_labels(), 3)
     clean = whole(Plain(ONE), 3, "labels")[:, 2:]
     np.testing.assert_array_equal(np.sort(labels, axis=1), np.sort(clean, axis=1))
