@@ -32,6 +32,9 @@ FALL_RATIO = 2.0
 is learned that fast, so the batch is degenerate (one repeated token, duplicates of what was seen, labels in the input).
 Learned from, it harms the model, and taken into the history, it would make normal loss an alarm. Half is far from what
 happens by chance, and twice the threshold since the tail of easy batches is longer than that of hard ones."""
+GRADIENT_FALL = 100.0
+"""A gradient norm that falls below a hundredth of the usual one in one step is an alarm too: the model does not answer
+to its input any more (a weight out of range saturates all that follows, the gradient is 0). No batch does that."""
 TOGETHER = (5 / 8, 3 / 8)
 """Fractions of the sudden threshold that the loss and the gradient norm exceed *together* where either alone would not
 alarm: 5 and 3 standard deviations. Harm by one update shows in both at once. In 19,436 clean steps of real runs
@@ -207,7 +210,9 @@ class Watch:
             return [Alarm(name, "nonfinite", value, channel.usual, math.inf, step)]
         rise = channel.rise(value, unit)
         sudden = score > self._spike and (name != GRADIENT or rise > math.log(GRADIENT_RATIO))
-        fallen = name == LOSS and score < -2 * self._spike and _fell(channel, value, rise)
+        fallen = score < -2 * self._spike and (
+            (name == LOSS and _fell(channel, value, rise)) or (name == GRADIENT and rise < -math.log(GRADIENT_FALL))
+        )
         if sudden or fallen:
             return [Alarm(name, "spike", value, channel.usual, score, step)]
         if drifts and height > self._drift:

@@ -214,3 +214,14 @@ def test_before_anything_is_known() -> None:
     watch.accept(1, 10.0, 1.0)
     assert watch.usual_loss == pytest.approx(10.0)
     assert watch.loss_scale == pytest.approx(0.08, rel=0.01)
+
+
+def test_a_gradient_that_vanishes_at_once_is_an_alarm() -> None:
+    watch = Watch()
+    for step in range(1, 60):
+        watch.accept(step, 5.0 + 0.1 * math.sin(step), 1.0 + 0.3 * math.cos(3 * step))
+    for norm in (0.0, 1e-9, 5e-3):
+        (alarm,) = watch.look(60, 5.0, norm)
+        assert (alarm.channel, alarm.kind) == ("gradient norm", "spike")
+        assert "below the usual" in alarm.text
+    assert watch.look(60, 5.0, 0.1) == ()
