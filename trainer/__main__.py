@@ -59,8 +59,8 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
     if ranks.is_first:
         files.outcome.unlink(missing_ok=True)
     from trainer.faults.parse import parse_faults
-    from trainer.stages.prepare import open_run, prepare_run
     from trainer.stages.build import Setting
+    from trainer.stages.prepare import open_run, prepare_run
     from trainer.stages.pretrain import Pretraining
 
     if ranks.is_first and not files.data.exists():

@@ -190,7 +190,7 @@ class IncidentEvent:
     incident: int
     """Counts from 1 over the whole run."""
     phase: str
-    """opened · replayed · examined · acted · recovered · halted; `notice` for what belongs to no incident (incident 0)"""
+    """opened · replayed · examined · acted · recovered · halted; `notice` for what belongs to no incident (number 0)"""
     attempt: int
     step: int
     batch_index: int

@@ -26,7 +26,6 @@ def manifest(engine: Engine, config: RunConfig, step: int, world_size: int) -> M
         step=step,
         attempt=step,
         next_batch=step,
-        consecutive_skips=0,
         quarantine=(),
         world_size=world_size,
         stage=engine.stage,

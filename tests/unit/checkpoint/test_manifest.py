@@ -14,7 +14,6 @@ WHOLE = {
     "step": 3,
     "attempt": 3,
     "next_batch": 3,
-    "consecutive_skips": 0,
     "quarantine": [[1, 2]],
     "world_size": 1,
     "stage": 2,
