@@ -57,6 +57,9 @@ class RankStats:
     """The rank's share of the global mean loss: their sum is the loss."""
     grad_norms: FloatArray = field(default_factory=_no_ranks)
     """L2 norm of what the rank itself computed, before anything was reduced: √Σ over micro-batches of its squares."""
+    reduced_norms: FloatArray = field(default_factory=_no_ranks)
+    """ZeRO 0: L2 norm of the reduced gradient that the rank holds, equal on all ranks; elsewhere 0, each has its own
+    part."""
     digests: FloatArray = field(default_factory=_no_ranks)
     """Of the rank's previous decision and of its guard: equal on all ranks."""
     checksums: FloatArray = field(default_factory=_no_ranks)

@@ -161,6 +161,21 @@ def test_a_transient_fault_never_happened(two_ranks: RankPool, prepared: Path, s
         assert found["digest"] == clean["digest"], fault
 
 
+def test_a_bit_in_a_gradient_that_all_ranks_hold_alike_is_found_on_each(four_ranks: RankPool, prepared: Path) -> None:
+    """ZeRO 0: each parameter's norm is told by one rank, but the flip may be in the memory of another."""
+    flips = ", ".join(f"at(step={12 + 3 * rank}, rank={rank}).flip_bit_in_gradient()" for rank in range(4))
+    clean, flipped = together(
+        four_ranks,
+        config=make_config(prepared, 0, batch={"micro": 2}),
+        root=prepared,
+        sentences=[[], [f"all_of({flips})"]],
+        reference=False,
+    )
+    assert flipped["rungs"] == ("replay",)
+    assert flipped["lost"] == 4
+    assert flipped["digest"] == clean["digest"]
+
+
 DATA = {
     "at(batch=26).data_is_nan()": 1,
     "batches(26, 28).random_tokens()": 3,

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.engine.gradients import Shards
 from trainer.records import FloatArray, RankStats
 
-SLOTS = ("seconds", "loss", "squared_norm", "digest", "checksum", "impossible")
+SLOTS = ("seconds", "loss", "squared_norm", "squared_reduced", "digest", "checksum", "impossible")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class StepVector:
         self._slots_at = len(self._terms) + 1
         self._own_at = self._slots_at + rank * len(SLOTS)
         self._norms_at = self._slots_at + world_size * len(SLOTS)
+        self._replicated = world_size > 1 and any(not fragment.counted for fragment in shards.fragments)
+        """ZeRO 0: every rank holds the whole reduced gradient, and each measures it."""
         self._counted = [index for index, fragment in enumerate(shards.fragments) if fragment.counted]
         self._parameter_of = torch.tensor(
             [self._norms_at + shards.fragments[index].parameter for index in self._counted],
@@ -102,15 +104,20 @@ class StepVector:
             if name in sums:
                 vector[index] = sums[name]
         vector[len(self._terms)] = float(stop)
-        host = [own.seconds, 0.0, 0.0, float(own.digest), own.checksum, float(own.impossible)]
+        host = [own.seconds, 0.0, 0.0, 0.0, float(own.digest), own.checksum, float(own.impossible)]
         vector[self._own_at : self._own_at + len(SLOTS)] = torch.tensor(host, dtype=torch.float64)
         vector[self._own_at + SLOTS.index("loss")] = sums["loss"]
         if own.squared_norm is not None:
             vector[self._own_at + SLOTS.index("squared_norm")] = own.squared_norm
         gradients = self._shards.gradients()
-        if self._counted:
-            norms = torch.stack(torch._foreach_norm([gradients[index] for index in self._counted], 2, torch.float32))
-            vector.index_add_(0, self._parameter_of, norms.to(self._device, torch.float64).square_())
+        measured = range(len(gradients)) if self._replicated else self._counted
+        if measured:
+            norms = torch.stack(torch._foreach_norm([gradients[index] for index in measured], 2, torch.float32))
+            squares_of = norms.to(self._device, torch.float64).square_()
+            if self._replicated:
+                vector[self._own_at + SLOTS.index("squared_reduced")] = squares_of.sum()
+                squares_of = squares_of[self._counted]
+            vector.index_add_(0, self._parameter_of, squares_of)
         dist.all_reduce(vector)
         values = vector.cpu().numpy()
 
@@ -138,6 +145,7 @@ class StepVector:
             losses=columns["loss"] / count,
             # DeepSpeed has still to divide by the number of ranks: this is what the rank adds to the mean gradient
             grad_norms=np.sqrt(columns["squared_norm"]) / (loss_scale * self._world_size),
+            reduced_norms=np.sqrt(columns["squared_reduced"]) / loss_scale,
             digests=columns["digest"],
             checksums=columns["checksum"],
             impossible=columns["impossible"],

@@ -19,6 +19,7 @@ def changed_ranks(first: StepStats, again: StepStats) -> list[int]:
     for before, after in (
         (first.ranks.losses, again.ranks.losses),
         (first.ranks.grad_norms, again.ranks.grad_norms),
+        (first.ranks.reduced_norms, again.ranks.reduced_norms),
     ):
         if before.shape == after.shape:
             ranks |= {int(rank) for rank in np.flatnonzero(~_same(before, after))}

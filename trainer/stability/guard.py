@@ -142,6 +142,8 @@ class Guard(Rungs):
         pending, self._pending = self._pending, None
         if verdict := self._trouble_of_ranks(stats):
             return verdict
+        if verdict := self._reduced_differ(stats, pending):
+            return verdict
         searching = stats.loss_scale > 1 and math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm)
         if searching:
             return self._search_scale(stats)

@@ -15,6 +15,7 @@ from trainer.records import (
     Halt,
     IncidentEvent,
     RankStats,
+    Replay,
     Rollback,
     Skip,
     Step,
@@ -237,6 +238,19 @@ class Rungs:
             text += ": an update was wrong" if len(bad) == len(ranks.impossible) > 1 else ": its memory is at fault"
             return self._rank_fault(stats, "audit", text, stats.step - _AUDIT_DELAY - 1)
         return self._compare_replicas(stats, ranks)
+
+    def _reduced_differ(self, stats: StepStats, pending: StepStats | None) -> Verdict | None:
+        norms = stats.ranks.reduced_norms
+        if self._config.mode == "off" or not norms.size or np.isclose(norms, norms[0], rtol=1e-6, equal_nan=True).all():
+            return None
+        odd = attribution.odd_ranks(norms)
+        whose = f"{'one of ' if len(odd) == len(norms) else ''}{attribution.named(odd, self._hosts)}"
+        text = f"the reduced gradient that all ranks hold alike differs ({whose})"
+        if pending is None and self._can_replay:
+            self._open(stats, text)
+            self._pending = stats
+            return Replay(text)
+        return self._rank_fault(stats, "reduction", text, stats.step - 1)
 
     def _compare_replicas(self, stats: StepStats, ranks: RankStats) -> Verdict | None:
         sums = ranks.checksums

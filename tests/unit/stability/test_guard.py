@@ -280,6 +280,18 @@ def test_a_rank_whose_replica_differs_is_named_by_the_repeated_steps() -> None:
     assert any("had been wrong on rank 1 on node-b" in event.text for event in guard.drain())
 
 
+def test_a_reduced_gradient_that_differs_between_ranks_is_computed_again() -> None:
+    guard = make_guard()
+    train(guard, 30)
+    same = stats_of(31, 30)
+    differ = replace(same, ranks=replace(same.ranks, reduced_norms=np.array([1.0, math.inf])))
+    same = replace(same, ranks=replace(same.ranks, reduced_norms=np.array([1.0, 1.0])))
+    assert isinstance(guard.judge(differ), Replay)
+    assert isinstance(guard.judge(same), Step)
+    assert isinstance(guard.judge(replace(differ, step=32, batch_index=31)), Replay)
+    assert isinstance(guard.judge(replace(differ, step=32, batch_index=31)), Rollback)
+
+
 def test_impossible_values_in_a_snapshot_go_back_before_it() -> None:
     guard = make_guard()
     train(guard, 51)
