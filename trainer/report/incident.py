@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +40,9 @@ def _complain(text: str) -> None:
 class IncidentReports:
     """Writes the folders of a run's incidents, in a thread of its own: what it is told is only noted. Rank 0 has one.
 
-    A folder appears whole or not at all. It is written when the guard first acts, so that a run that dies in the middle
-    of an incident leaves its evidence, and again when the incident ends. What fails is said and costs nothing else.
+    A folder appears whole or not at all. It is written a little after the guard first acts, so that a run that dies in
+    the middle of an incident leaves its evidence and the way back itself is not slowed, and again when the incident
+    ends. What fails is said and costs nothing else.
     """
 
     def __init__(
@@ -48,8 +51,13 @@ class IncidentReports:
         describe: Describe | None,
         parameter_names: Sequence[str],
         complain: Callable[[str], None] = _complain,
+        calm_seconds: float = 15.0,
     ):
-        """`describe`: sample id → (source, document, text) of each of its documents; it is called in the thread."""
+        """
+        Args:
+            describe: sample id → (source, document, text) of each of its documents; it is called in the thread.
+            calm_seconds: from the guard's first act to the first writing.
+        """
         self._files = RunFiles(run_dir)
         self._describe = describe
         self._names = tuple(parameter_names)
@@ -57,6 +65,9 @@ class IncidentReports:
         self._noted: dict[int, list[Record]] = {}
         self._kept: dict[int, list[Evidence]] = {}
         self._unfinished: set[int] = set()
+        self._calm_seconds = calm_seconds
+        self._due: dict[int, float] = {}
+        """When the folder of an incident is written first, on the monotonic clock."""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="incident reports", daemon=True)
@@ -97,11 +108,24 @@ class IncidentReports:
             self._complain(f"the incident reports in {self._files.incidents} took too long and may be missing")
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        with contextlib.suppress(AttributeError, OSError):
+            # plots take a second of computing: training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        while (job := self._next()) is not None:
             try:
                 job()
             except Exception as error:  # noqa: BLE001 - telling must never stop training
                 self._complain(f"a report in {self._files.incidents} could not be written: {error!r}")
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is asked for next, or what has become due; None: the end."""
+        soonest = min(self._due, key=lambda incident: self._due[incident], default=None)
+        if soonest is None:
+            return self._jobs.get()
+        try:
+            return self._jobs.get(timeout=max(0.0, self._due[soonest] - time.monotonic()))
+        except queue.Empty:
+            return partial(self._write, soonest)
 
     def _note(self, event: IncidentEvent) -> None:
         self._noted.setdefault(event.incident, []).append(event_record(event))
@@ -109,7 +133,7 @@ class IncidentReports:
         self._adopt(event)
         self._unfinished.add(event.incident)
         if event.phase == "acted" and sum(line["phase"] == "acted" for line in self._noted[event.incident]) == 1:
-            self._write(event.incident)
+            self._due[event.incident] = time.monotonic() + self._calm_seconds
 
     def _adopt(self, event: IncidentEvent) -> None:
         orphans = self._kept.get(0, [])
@@ -126,6 +150,7 @@ class IncidentReports:
             self._write(incident)
 
     def _write(self, incident: int) -> None:
+        self._due.pop(incident, None)
         noted = self._noted.get(incident, [])
         self._wait_for_ledger(max((line["attempt"] for line in noted), default=0))
         story = read_story(self._files.ledger, incident, noted)

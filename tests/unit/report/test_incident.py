@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import re
 from pathlib import Path
 
@@ -45,10 +46,10 @@ def describe(sample: int) -> list[tuple[str, str, str]]:
 class Run:
     """A run with its ledger and its reports."""
 
-    def __init__(self, run_dir: Path, resumed: Position | None = None, attempt: int = 0):
+    def __init__(self, run_dir: Path, resumed: Position | None = None, attempt: int = 0, calm_seconds: float = 1000.0):
         self.telemetry = Telemetry.open(run_dir, QUIET, FACTS, resumed)
         self.complaints: list[str] = []
-        self.reports = IncidentReports(run_dir, describe, NAMES, self.complaints.append)
+        self.reports = IncidentReports(run_dir, describe, NAMES, self.complaints.append, calm_seconds)
         self.attempt, self.step = attempt, resumed.step if resumed else 0
 
     def attempted(self, verdict: Verdict, loss: float, incident: int = 0, first_rank: float = 1.0) -> None:
@@ -114,6 +115,18 @@ def rolled_back(run: Run) -> None:
     run.rewind(8, (8, 11))
     run.told("acted", "back to step 8")
     run.steps(6, loss=3.5)
+
+
+def test_a_run_that_dies_in_the_middle_leaves_its_evidence(tmp_path: Path) -> None:
+    run = Run(tmp_path, calm_seconds=0.0)
+    rolled_back(run)
+    run.telemetry.flush()
+    report, deadline = tmp_path / "incidents" / "0001" / "report.md", time.monotonic() + 60
+    while not report.exists():
+        assert time.monotonic() < deadline, run.complaints
+        time.sleep(0.02)
+    assert "back to step 8" in report.read_text()
+    run.close()
 
 
 def section(report: str, title: str) -> str:
