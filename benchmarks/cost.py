@@ -118,7 +118,7 @@ def rank_main(folder: Path, rounds: int) -> None:
         with_all.telemetry.flush()
         if ranks.is_first:
             ledger = folder / f"{config.name}-all" / "ledger.jsonl"
-            blocked = [record["seconds_blocked"] for record in read_ledger(ledger) if record["kind"] == "snapshot"]
+            blocked = [record["seconds"] for record in read_ledger(ledger) if record["kind"] == "snapshot"]
             results[f"{stage} blocked"] = statistics.median(blocked[1:])
             results[f"{stage} copy"], results[f"{stage} bytes"] = copy_seconds, num_bytes
     if ranks.is_first:
