@@ -105,6 +105,7 @@ def no_rank_holds_the_whole() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_ranks_build_the_same_bits_and_neither_holds_the_whole(tmp_path):
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
