@@ -24,6 +24,8 @@ class Incident:
     kind: str = "open"
     """open · transient · data · state · replica · audit · disagreement · drift"""
     skipped: int = 0
+    gradient_alone: int = 0
+    """Batches in a row whose gradient was not finite while their loss was."""
     culprits: tuple[int, ...] = ()
     """Ranks that alone were not finite at the newest batch that was left out."""
     same_ranks: int = 0

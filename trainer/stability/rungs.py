@@ -38,6 +38,9 @@ _AUDIT_DELAY = 2
 """The audit of the state of step s is known when step s + 2 is judged."""
 _SAME_RANK = 4
 """Batches in a row that are not finite on the same ranks only: it is not the data, which differs from rank to rank."""
+_GRADIENT_ALONE = 3
+"""Batches in a row whose gradient is not finite on any rank while their loss is: weights can be harmed so that only the
+backward pass shows it, and then batches that were learned from look fine."""
 _CLOSE_AFTER = 5
 """An incident is closed unverified after so many times `guard.verify` steps."""
 
@@ -127,6 +130,15 @@ class Rungs:
                 f"{reason} for {incident.same_ranks} batches in a row, and on {whose} alone: its hardware is at fault"
             )
             return self._halt(stats, f"{text}. Take that machine out and go on from the last checkpoint")
+        gradient_alone = math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm) and not culprits
+        incident.gradient_alone = incident.gradient_alone + 1 if gradient_alone else 0
+        if incident.gradient_alone >= _GRADIENT_ALONE and self._can_roll_back and not self._revisiting:
+            incident.gradient_alone = 0
+            text = (
+                f"{_GRADIENT_ALONE} batches in a row give no finite gradient, and their loss is: the weights are harmed"
+            )
+            self._say("examined", stats, text)
+            return self._state_harmed(stats, alarms, incident)
         if ladder.consecutive_skips > self._config.max_consecutive_skips:
             if not self._watch.new_level:
                 text = (

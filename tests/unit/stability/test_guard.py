@@ -215,7 +215,7 @@ def test_batches_that_never_give_a_finite_gradient_halt() -> None:
     train(guard, 20)
     verdicts: list[Verdict] = []
     for batch in range(20, 30):
-        stats = stats_of(21, batch, norm=math.nan)
+        stats = stats_of(21, batch, loss=math.nan, norm=math.nan)
         verdict = guard.judge(stats)
         if isinstance(verdict, Replay):
             verdict = guard.judge(stats)
@@ -226,6 +226,25 @@ def test_batches_that_never_give_a_finite_gradient_halt() -> None:
             break
     assert [type(verdict) for verdict in verdicts] == [Skip, Skip, Skip, Halt]
     assert "embed.weight" in guard.drain()[0].text
+
+
+def test_weights_that_only_harm_the_backward_pass_are_not_taken_for_bad_data() -> None:
+    guard = make_guard()
+    train(guard, 40)
+    verdicts: list[Verdict] = []
+    for batch in range(40, 46):
+        bad = stats_of(41, batch, norm=math.nan)
+        bad = replace(bad, ranks=replace(bad.ranks, grad_norms=np.array([math.nan, math.nan])))
+        verdict = guard.judge(bad)
+        if isinstance(verdict, Replay):
+            verdict = guard.judge(bad)
+        if isinstance(verdict, Examine):
+            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdicts.append(verdict)
+        if isinstance(verdict, Rollback):
+            break
+    assert [type(verdict) for verdict in verdicts] == [Skip, Skip, Rollback]
+    assert verdicts[-1].quarantine is None  # type: ignore[union-attr]
 
 
 def test_a_rank_that_is_never_finite_is_named_before_good_data_is_blamed() -> None:
