@@ -23,7 +23,6 @@ class Incident:
     """Robust standard deviation of log loss then."""
     kind: str = "open"
     """open · transient · data · state · replica · audit · disagreement · drift"""
-    skipped: int = 0
     gradient_alone: int = 0
     """Batches in a row whose gradient was not finite while their loss was."""
     culprits: tuple[int, ...] = ()
@@ -37,8 +36,6 @@ class Incident:
     """Step that was attempted when the newest rollback was decided; recovery is judged beyond it."""
     target: int = 0
     """Newest state that the newest rollback might use."""
-    first_suspect: int | None = None
-    last_suspect: int | None = None
     clean: int = 0
     """Accepted steps since the newest action, at or beyond `furthest`."""
     log_losses: float = 0.0

@@ -154,7 +154,6 @@ class Rungs:
             self._say("acted", stats, text)
             incident.usual_loss = stats.loss
             return self._accept(stats)
-        incident.skipped += 1
         incident.acted()
         self._left_out_last = stats.batch_index
         if not self._revisiting:

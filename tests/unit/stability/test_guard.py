@@ -68,6 +68,16 @@ def train(guard: Guard, steps: int, first: int = 1) -> None:
         assert isinstance(verdict, Step), (step, verdict)
 
 
+def judged(guard: Guard, stats: StepStats) -> Verdict:
+    """The verdict after replay and examination, which find that the weights are fine."""
+    verdict = guard.judge(stats)
+    if isinstance(verdict, Replay):
+        verdict = guard.judge(stats)
+    if isinstance(verdict, Examine):
+        verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+    return verdict
+
+
 def phases(guard: Guard) -> list[str]:
     return [event.phase for event in guard.drain()]
 
@@ -197,11 +207,7 @@ def test_a_level_that_stays_is_accepted_after_the_budget_of_skips() -> None:
     left_out = 0
     for batch in range(60, 80):
         stats = stats_of(61, batch, loss=7.0 + 0.02 * math.sin(batch))
-        verdict = guard.judge(stats)
-        if isinstance(verdict, Replay):
-            verdict = guard.judge(stats)
-        if isinstance(verdict, Examine):
-            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdict = judged(guard, stats)
         if isinstance(verdict, Step):
             break
         assert isinstance(verdict, Skip)
@@ -216,11 +222,7 @@ def test_batches_that_never_give_a_finite_gradient_halt() -> None:
     verdicts: list[Verdict] = []
     for batch in range(20, 30):
         stats = stats_of(21, batch, loss=math.nan, norm=math.nan)
-        verdict = guard.judge(stats)
-        if isinstance(verdict, Replay):
-            verdict = guard.judge(stats)
-        if isinstance(verdict, Examine):
-            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdict = judged(guard, stats)
         verdicts.append(verdict)
         if isinstance(verdict, Halt):
             break
@@ -235,11 +237,7 @@ def test_weights_that_only_harm_the_backward_pass_are_not_taken_for_bad_data() -
     for batch in range(40, 46):
         bad = stats_of(41, batch, norm=math.nan)
         bad = replace(bad, ranks=replace(bad.ranks, grad_norms=np.array([math.nan, math.nan])))
-        verdict = guard.judge(bad)
-        if isinstance(verdict, Replay):
-            verdict = guard.judge(bad)
-        if isinstance(verdict, Examine):
-            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdict = judged(guard, bad)
         verdicts.append(verdict)
         if isinstance(verdict, Rollback):
             break
@@ -254,11 +252,7 @@ def test_a_rank_that_is_never_finite_is_named_before_good_data_is_blamed() -> No
     for batch in range(20, 40):
         bad = stats_of(21, batch, norm=math.nan)
         bad = replace(bad, ranks=replace(bad.ranks, grad_norms=np.array([1.0, math.nan])))
-        verdict = guard.judge(bad)
-        if isinstance(verdict, Replay):
-            verdict = guard.judge(bad)
-        if isinstance(verdict, Examine):
-            verdict = guard.weigh(Examination(known=((4.6, 4.5),)))
+        verdict = judged(guard, bad)
         verdicts.append(verdict)
         if isinstance(verdict, Halt):
             break
