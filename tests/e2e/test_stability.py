@@ -64,6 +64,8 @@ def test_poisoned_data_is_left_out_and_was_never_seen(prepared: Workspace) -> No
     code, output = prepared.trimtab("run", "config.yaml", "name=cut", poison, *WINDOW)
     assert code == 0, output
 
+    assert {path.name for path in (prepared.run_dir("cut") / "incidents").iterdir()} >= {"0002"}
+
     code, output = prepared.trimtab("run", "config.yaml", "name=without", "data.exclude_batches=[[30, 33]]", *WINDOW)
     assert code == 0, output
     assert prepared.final_state("whole") == prepared.final_state("without")

@@ -116,6 +116,11 @@ class Guard(Rungs):
             self._ladder = Ladder.from_json(ladder)
         self._pending = self._suspect = self._left_out_last = None
 
+    def number_incidents_after(self, newest: int) -> None:
+        """Incidents of this run have been numbered up to `newest`, some perhaps after the checkpoint that it goes on
+        from: their folders stay."""
+        self._ladder.incidents = max(self._ladder.incidents, newest)
+
     # judging
 
     def look(self, loss: float, grad_norm: float) -> Verdict:

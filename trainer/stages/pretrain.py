@@ -35,6 +35,7 @@ from trainer.records import Outcome, Position
 from trainer.recovery import NoReports, Notes, Recovery, Stream
 from trainer.report.incident import IncidentReports
 from trainer.stages.build import Setting, build_engine, make_guard, make_timer
+from trainer.telemetry.ledger import last_incident
 from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
 
 _REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed"}
@@ -148,8 +149,11 @@ class Pretraining:
         newest = self.store.newest()
         position = Position() if newest is None else self._load(newest)
         # the ledger may have seen attempts after the checkpoint, or before the first; rank 0 reads it for all
-        box = [next_attempt(self.setting.files.root, position) - 1 if self.setting.ranks.is_first else 0]
+        box = [0, 0]
+        if self.setting.ranks.is_first:
+            box = [next_attempt(self.setting.files.root, position) - 1, last_incident(self.setting.files.ledger)]
         torch.distributed.broadcast_object_list(box, src=0)
+        self.guard.number_incidents_after(box[1])
         return replace(position, attempt=box[0])
 
     def _load(self, newest: Path) -> Position:
