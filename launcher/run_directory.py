@@ -30,6 +30,7 @@ HARMLESS = (
     "checkpoint",
     "guard",
     "snapshots",
+    "supervision",
     "cluster.threads_per_rank",
     "data.workers",
     "data.prefetch",

@@ -18,6 +18,8 @@ class ExitCode(IntEnum):
     """The command line, the config or the data is wrong. Starting again changes nothing."""
     HALTED = 3
     """The guard stopped the run with a diagnosis. Do not requeue."""
+    SUPERSEDED = 4
+    """A newer start of the same run has taken over. Do not requeue."""
     STOPPED = 75
     """Asked to stop (signal); everything is saved and the same command goes on. EX_TEMPFAIL: requeue."""
 
@@ -60,6 +62,10 @@ class CheckpointError(TrimtabError):
     """A checkpoint is damaged, incomplete or from a run of another shape."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, cut off or changed; the text names file, rank, what was expected and found."""
+
+
 class LaunchError(TrimtabError):
     """The processes cannot be started as asked: ranks, ports, environment."""
 
@@ -68,6 +74,18 @@ class RunHaltedError(TrimtabError):
     """The guard stopped the run; the text is its diagnosis."""
 
     exit_code = ExitCode.HALTED
+
+
+class SupersededError(TrimtabError):
+    """A newer start of the same run has taken over: this one may write nothing more."""
+
+    exit_code = ExitCode.SUPERSEDED
+
+
+class SaveFailedError(TrimtabError):
+    """More saves in a row failed than `checkpoint.max_failures` allows; the text is the last one's reason."""
+
+    exit_code = ExitCode.CRASHED
 
 
 class WorkerDiedError(TrimtabError):

@@ -257,7 +257,7 @@ class Outcome:
     """Why a start of a run ended: the content of `outcome.json`."""
 
     reason: str
-    """completed · stopped · halted · crashed · refused"""
+    """completed · stopped · halted · crashed · refused · superseded"""
     exit_code: int
     message: str
     """One sentence for a person."""
@@ -267,6 +267,20 @@ class Outcome:
     checkpoint: str | None
     """Name of the newest committed checkpoint directory, relative to the run directory."""
     held_out_loss: float | None = None
+    start: int = 0
+    """Which start of the run this was, from 1; 0: it ended before it took a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A committed checkpoint."""
+
+    step: int
+    name: str
+    num_bytes: int
+    """Of all its files, of all ranks."""
+    seconds: float
+    """From the request to the commit."""
 
 
 @dataclass(frozen=True, slots=True)

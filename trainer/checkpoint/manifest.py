@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT: Literal[3] = 3
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -33,7 +33,11 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = FORMAT
+    format: Literal[3] = FORMAT
+    run: str = ""
+    """Identity of the run (`trainer.starts`): a run made anew under the same name has another."""
+    start: int = 0
+    """Which start of the run wrote it."""
     step: int
     attempt: int
     next_batch: int

@@ -150,7 +150,17 @@ def deepspeed_config(config: RunConfig, ranks: int, device: Device, precision: P
     return result
 
 
-_WITHOUT_EFFECT_ON_BITS = {"name", "runs", "cluster", "evaluation", "checkpoint", "telemetry", "guard", "snapshots"}
+_WITHOUT_EFFECT_ON_BITS = {
+    "name",
+    "runs",
+    "cluster",
+    "evaluation",
+    "checkpoint",
+    "telemetry",
+    "guard",
+    "snapshots",
+    "supervision",
+}
 _DATA_WITHOUT_EFFECT = {"prepared", "accept_changed", "workers", "prefetch", "exclude_batches"}
 
 

@@ -242,7 +242,30 @@ class CheckpointConfig(Section):
     every: PositiveInt | None = 500
     """Steps between checkpoints; there is always one at the end and when asked to stop. None: only then."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Rolling checkpoints kept: the newest, then healthy ones before others. The newest healthy one always stays."""
+    keep_every: PositiveInt | None = None
+    """Steps between checkpoints that stay for good (a multiple of `every`). None: none does."""
+    background: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory (12 bytes a parameter over the ranks, shared
+    with the snapshot where one was just taken)."""
+    max_failures: NonNegativeInt = 3
+    """Saves in a row that may fail; after one more the run ends, everything saved before stays."""
+    memory_every: PositiveInt | None = None
+    """Steps between copies in the memory of the node (`/dev/shm`): a crashed process goes on from there without the
+    shared disk. None: none."""
+
+
+class SupervisionConfig(Section):
+    """When `trimtab run` starts ranks again, and when it gives up."""
+
+    restarts: NonNegativeInt = 3
+    """Starts in a row that may crash without a new checkpoint; then the run ends as crashed. 0: never start again."""
+    backoff_seconds: NonNegativeFloat = 5.0
+    """Wait before the second start in a row without progress; doubles each time, at most 5 minutes. After progress
+    there is no wait."""
+    hang_seconds: PositiveFloat | None = 600.0
+    """A rank that shows no sign of life (micro-batch, file) for so long hangs: the stacks of all ranks are written down,
+    they are ended, and the run is started again. None: never."""
 
 
 class TelemetryConfig(Section):
@@ -351,6 +374,8 @@ class RunConfig(Section):
     """Evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """Supervision."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Telemetry."""
     cluster: ClusterConfig = ClusterConfig()
