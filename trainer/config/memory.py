@@ -17,18 +17,24 @@ _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def snapshot_bytes(config: RunConfig, num_elements: int, buffer_bytes: int = 0) -> int:
-    """Host memory of one rank's snapshots once all are taken; 0 where none are.
+def copies(config: RunConfig) -> tuple[int, int]:
+    """Copies of its training state that a rank holds in host memory: (snapshots to go back to, copies that are being
+    saved)."""
+    snapshots = 0 if config.snapshots.every is None or config.guard.mode != "act" else config.snapshots.keep
+    saving = config.checkpoint
+    return snapshots, (saving.background and saving.every is not None) + (saving.memory_every is not None)
 
-    `snapshots.keep` × (12 bytes × elements + buffers).
+
+def snapshot_bytes(config: RunConfig, num_elements: int, buffer_bytes: int = 0) -> int:
+    """Host memory of one rank's copies of its training state once all are taken; 0 where none are.
+
+    (`snapshots.keep` + those that are being saved) × (12 bytes × elements + buffers).
 
     Args:
         num_elements: parameters whose master weights this rank holds: its partition, under ZeRO 0 all.
         buffer_bytes: of the model's persistent buffers.
     """
-    if config.snapshots.every is None or config.guard.mode != "act":
-        return 0
-    return config.snapshots.keep * (SNAPSHOT_BYTES_PER_PARAMETER * num_elements + buffer_bytes)
+    return sum(copies(config)) * (SNAPSHOT_BYTES_PER_PARAMETER * num_elements + buffer_bytes)
 
 
 def host_memory_total(cgroup: Path = _CGROUP) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import Tensor
 from trainer.engine.audit import Adam, Found, Limits, Updates, Values, beyond, impossible_values, limits_of
 from trainer.engine.state import read_state, write_state
 from trainer.engine.zero import Engine
+from trainer.errors import CheckpointError
 
 _CHUNK = 1 << 16
 """Elements that are hashed and looked through while they lie in the cache."""
@@ -53,6 +57,42 @@ class _Slot:
     together."""
     asked: int = 0
     """How often :meth:`SnapshotRing.impossible` was asked since."""
+    holders: int = 0
+    """Who still reads it: until they release it, its memory is not used again."""
+    job: Future[None] | None = None
+    """The copying of it."""
+
+
+class HeldSnapshot:
+    """A copy of a rank's state that stays as it is until it is released.
+
+    Attributes:
+        seconds: that the request for it took.
+    """
+
+    def __init__(self, slot: _Slot, give_back: Callable[[_Slot], None], seconds: float):
+        self._slot = slot
+        self._give_back = give_back
+        self.seconds = seconds
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `read_state` gives it, in host memory; waits until the copy is whole. For any thread.
+
+        Raises:
+            CheckpointError: the copy has changed since it was made.
+        """
+        if self._slot.job is not None:
+            self._slot.job.result()
+        if self._slot.checksum and _checksum(self._slot.tensors) != self._slot.checksum:
+            raise CheckpointError(
+                f"the copy of step {self._slot.step} in the memory of {socket.gethostname()} has changed since it was "
+                "made; nothing was saved from it"
+            )
+        return self._slot.tensors, self._slot.numbers
+
+    def release(self) -> None:
+        """Its memory may be used again. For any thread."""
+        self._give_back(self._slot)
 
 
 class SnapshotRing:
@@ -67,15 +107,18 @@ class SnapshotRing:
         engine: whose state it is.
         keep: snapshots kept; the oldest gives its memory to the next.
         audit: look through each snapshot.
+        spare: memory for so many copies more, for those who hold one (:meth:`hold`).
     """
 
-    def __init__(self, engine: Engine, keep: int, audit: bool = True):
+    def __init__(self, engine: Engine, keep: int, audit: bool = True, spare: int = 0):
         self._engine = engine
+        self._keep = keep
         self._looks = audit
         self._told = Found()
         self._slots: dict[int, _Slot] = {}
-        self._free = [_Slot() for _ in range(keep)]
+        self._free = [_Slot() for _ in range(keep + spare)]
         self._all = tuple(self._free)
+        self._holding = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._job: Future[None] | None = None
         self._copied = threading.Event()
@@ -100,17 +143,47 @@ class SnapshotRing:
         before = None
         if ancestor is not None:
             before = _Before(ancestor.largest, {} if ancestor is slot else ancestor.tensors, self._engine.updates)
-        tensors, slot.numbers = read_state(self._engine)
-        slot.step, slot.notes, slot.asked, slot.found = step, copy.deepcopy(notes), 0, Found()
-        slot.tensors = {name: _room(slot.storage, name, tensor) for name, tensor in tensors.items()}
+        slot.notes, slot.asked = copy.deepcopy(notes), 0
+        self._begin(slot, step, partial(self._look, before=before))
         self._engine.updates = slot.updates = Updates()
-        self._slots[step] = self._newest = slot
+        with self._holding:
+            self._slots[step] = slot
+        self._newest = slot
+
+    def hold(self, step: int) -> HeldSnapshot:
+        """A copy of the live state, which is that of `step`, for somebody who reads it for a while.
+
+        It is the newest snapshot where nothing was applied since, else a copy made like one, which is no snapshot.
+        """
+        began = time.perf_counter()
+        slot = self._newest
+        unchanged = slot is not None and slot.updates is self._engine.updates and not slot.updates.num
+        if slot is None or not unchanged or slot.step != step:
+            self._join()
+            slot = self._unused()
+            slot.notes, slot.updates, slot.checksum = {}, None, 0
+            self._begin(slot, step, None)
+        with self._holding:
+            slot.holders += 1
+        return HeldSnapshot(slot, self._give_back, time.perf_counter() - began)
+
+    def _give_back(self, slot: _Slot) -> None:
+        with self._holding:
+            slot.holders -= 1
+            if not slot.holders and slot not in self._slots.values():
+                self._free.append(slot)
+
+    def _begin(self, slot: _Slot, step: int, look: Callable[[_Slot], None] | None) -> None:
+        """Begin to copy the live state; the thread ends with `look`."""
+        tensors, slot.numbers = read_state(self._engine)
+        slot.step, slot.found = step, Found()
+        slot.tensors = {name: _room(slot.storage, name, tensor) for name, tensor in tensors.items()}
         for name in [name for name in tensors if name.startswith("buffer.")]:
             # a forward pass may change these
             slot.tensors[name].copy_(tensors.pop(name))
         self._copied.clear()
         self._on_device = self._begin_device_copies(tensors, slot)
-        self._job = self._thread.submit(self._work, slot, tensors, before, self._on_device)
+        self._job = slot.job = self._thread.submit(self._work, slot, tensors, look, self._on_device)
 
     def fence(self) -> float:
         """Wait until the live state may be changed. Returns the seconds waited."""
@@ -208,13 +281,22 @@ class SnapshotRing:
         return newest if descends and newest in self._slots.values() else None
 
     def _claim(self, step: int) -> _Slot:
-        if step in self._slots:
-            return self._slots.pop(step)
-        return self._free.pop() if self._free else self._slots.pop(min(self._slots))
+        """Memory for a snapshot of `step`; the one of this step, or the oldest of many, is given up."""
+        if step in self._slots or len(self._slots) >= self._keep:
+            self._drop(step if step in self._slots else min(self._slots))
+        return self._unused()
+
+    def _unused(self) -> _Slot:
+        with self._holding:
+            if not self._free:
+                raise AssertionError("more copies are held than there is spare memory for")
+            return self._free.pop()
 
     def _drop(self, step: int) -> None:
-        slot = self._slots.pop(step)
-        self._free.append(slot)
+        with self._holding:
+            slot = self._slots.pop(step)
+            if not slot.holders:
+                self._free.append(slot)
         if self._newest is slot:
             self._newest = None
 
@@ -229,7 +311,9 @@ class SnapshotRing:
                     slot.tensors[name].copy_(tensor, non_blocking=True)
             return self._stream.record_event()
 
-    def _work(self, slot: _Slot, tensors: dict[str, Tensor], before: _Before | None, on_device: Any) -> None:
+    def _work(
+        self, slot: _Slot, tensors: dict[str, Tensor], look: Callable[[_Slot], None] | None, on_device: Any
+    ) -> None:
         try:
             for name, tensor in tensors.items():
                 if tensor.device.type == "cpu":
@@ -238,8 +322,9 @@ class SnapshotRing:
             self._copied.set()
         if on_device is not None:
             on_device.synchronize()
-        self._look(slot, before)
-        self._engine.injector.snapshot(slot.step, slot.tensors)
+        if look is not None:
+            look(slot)
+            self._engine.injector.snapshot(slot.step, slot.tensors)
 
     def _look(self, slot: _Slot, before: _Before | None) -> None:
         """Checksum and audit, chunk by chunk: memory is read once."""
