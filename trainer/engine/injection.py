@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 class Injector:
     """Changes nothing. `trainer.faults` derives from it for the drill; ranks that train hold this one.
 
-    Every method is called on every rank, in the order in which it stands here.
+    Every method is called on every rank, in the order in which it stands here; the last two in threads of their own.
     """
 
     active = False
@@ -42,3 +43,11 @@ class Injector:
 
     def snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
         """A snapshot was copied and checksummed."""
+
+    def reading(self, batch_index: int) -> None:
+        """A batch is about to be read. Called in the thread that reads ahead; what it raises ends that thread."""
+
+    def moment(self, name: str, path: Path) -> None:
+        """A checkpoint is being written: "begin" (its partial directory), "chunk" (in the middle of a file), "written"
+        (a file), "commit" (the partial directory, just before it is renamed), "committed" (the directory). Called in
+        the thread that writes; an OSError that it raises is one of that write."""
