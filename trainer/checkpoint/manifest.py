@@ -47,6 +47,10 @@ class Manifest(BaseModel):
     global_batch: int
     config_fingerprint: str
     data_fingerprint: str
+    precision: str = ""
+    """fp32, bf16 or fp16: what the model computes in. Empty: not known."""
+    optimizer: str = ""
+    """Kind of optimizer whose state it holds (`trainer.engine.state.optimizer_kind`). Empty: not known."""
     parameters: tuple[str, ...]
     """Trainable parameters in order."""
     files: tuple[FileEntry, ...]
