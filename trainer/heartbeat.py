@@ -1,7 +1,7 @@
 """Signs of life of the ranks of one node, in shared memory: the launcher sees a rank that stands still. Free of torch.
 
 Under `trimtab run` each rank has a file of 48 bytes that the launcher made for it, mapped into memory: a beat is a
-write of a quarter of a microsecond, and nothing waits for anybody. Under other launchers a rank watches itself. In both,
+write of a quarter of a microsecond; nothing waits for anybody. Under other launchers a rank watches itself. In both,
 SIGUSR2 makes a rank write down the stacks of all its threads, in C, so that one that holds Python's lock does so too.
 """
 
