@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -16,10 +17,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._also: Callable[[], bool] = _never
 
     @property
     def requested(self) -> bool:
-        return self.signal_name is not None
+        return self.signal_name is not None or self._also()
+
+    def when(self, condition: Callable[[], bool]) -> None:
+        """Also stop when `condition` holds; it is asked once a step and must not wait."""
+        self._also = condition
 
     def listen(self) -> StopRequest:
         """Take over the signals of this process."""
@@ -29,3 +35,7 @@ class StopRequest:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
+
+
+def _never() -> bool:
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from trainer.data.prepared import Prepared
 from trainer.engine.injection import Injector
 from trainer.engine.ranks import Ranks
 from trainer.engine.zero import Engine, Penalty
+from trainer.heartbeat import Heartbeat, NoHeartbeat
 from trainer.model.build import build_model
 from trainer.model.groups import parameter_groups
 from trainer.objectives.objective import make_objective
@@ -24,6 +25,7 @@ from trainer.objectives.penalty import penalty_gradient, penalty_value
 from trainer.optim.build import build_optimizer
 from trainer.records import ModelFacts
 from trainer.stability.guard import Guard
+from trainer.starts import Fence, NoFence
 from trainer.stop import StopRequest
 from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
 
@@ -42,6 +44,8 @@ class Setting:
     prepared: Prepared
     facts: ModelFacts
     stop: StopRequest
+    fence: Fence = field(default_factory=NoFence)
+    heartbeat: Heartbeat = field(default_factory=NoHeartbeat)
 
 
 def make_guard(setting: Setting, engine: Engine) -> Guard:
