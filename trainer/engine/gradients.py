@@ -75,6 +75,10 @@ class Shards(ABC):
         """The inner optimizer's state of one flat master tensor: created on demand, empty before the first step."""
 
     @abstractmethod
+    def groups(self) -> list[int]:
+        """Index in `inner.param_groups` of each flat master tensor."""
+
+    @abstractmethod
     def publish(self) -> None:
         """Make the model's weights equal to the master weights on all ranks (a collective under ZeRO 1, 2 and 3)."""
 
@@ -154,6 +158,10 @@ class ReplicatedShards(Shards):
     def optimizer_state(self, flat: int) -> dict[str, Any]:
         state: dict[str, Any] = self.inner.state[self._masters[flat]]
         return state
+
+    def groups(self) -> list[int]:
+        group_of = {id(p): index for index, group in enumerate(self.inner.param_groups) for p in group["params"]}
+        return [group_of[id(master)] for master in self._masters]
 
     def master_shape(self, flat: int) -> torch.Size:
         return self._masters[flat].shape
@@ -275,6 +283,9 @@ class PartitionedShards(ZeroShards):
                 zero.averaged_gradients[group] = None
                 zero.all_grad_tensors[group] = None
 
+    def groups(self) -> list[int]:
+        return list(range(len(self._partitions)))
+
     def publish(self) -> None:
         self._zero.update_lp_params()
 
@@ -328,6 +339,9 @@ class WeightShards(ZeroShards):
             zero.reset_cpu_buffers()
         else:
             zero.averaged_gradients = {}
+
+    def groups(self) -> list[int]:
+        return [self._zero.sub_group_to_group_id[index] for index in range(len(self._partitions))]
 
     def publish(self) -> None:
         zero = self._zero
