@@ -82,6 +82,9 @@ class NoFence:
         return True
 
 
+NO_FENCE = NoFence()
+
+
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """Which checkpoints are of one history, by the start that wrote them."""

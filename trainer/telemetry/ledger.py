@@ -7,19 +7,26 @@ console and the report are views of these records; `docs/telemetry.md` lists the
 
 The lines are strict JSON. A float that JSON does not have is written as the string "NaN", "Infinity" or "-Infinity" and
 read back as the float; a text that happens to be one of these is written with a leading "~", so nothing is ambiguous.
+
+What an older start appended after a newer one had begun (it was cut off, and did not know) is of no history: every
+reader leaves it out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
+from trainer.starts import newest as newest_start
 
 Record = dict[str, Any]
 
@@ -77,16 +84,18 @@ def read_ledger(path: Path) -> Iterator[Record]:
     """The records of a ledger in order.
 
     A last line without an end is being written, or was cut off when its process died: it is left out. A damaged line
-    before that gives a `message` record of level "warning" in its place, so that every view shows it.
+    before that gives a `message` record of level "warning" in its place, so that every view shows it; so does what an
+    older start appended after a newer one had begun, once for each older start.
 
     Raises:
         RunDirectoryError: there is no ledger at `path`.
     """
+    admitted = _Succession().admitted
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 record = _record_of(line, number)
-                if record is not None:
+                if record is not None and (record := admitted(record)) is not None:
                     yield record
     except FileNotFoundError:
         raise RunDirectoryError(f"there is no ledger at {path}; is {path.parent} a run that has started?") from None
@@ -101,6 +110,7 @@ def follow(path: Path, stop: threading.Event, poll_seconds: float = _POLL_SECOND
         if stop.wait(poll_seconds):
             return
     number, unfinished = 0, b""
+    admitted = _Succession().admitted
     with path.open("rb") as file:
         while True:
             last_look = stop.is_set()
@@ -110,11 +120,37 @@ def follow(path: Path, stop: threading.Event, poll_seconds: float = _POLL_SECOND
                     number += 1
                     record = _record_of(unfinished, number)
                     unfinished = b""
-                    if record is not None:
+                    if record is not None and (record := admitted(record)) is not None:
                         yield record
             if last_look:
                 return
             stop.wait(poll_seconds)
+
+
+class _Succession:
+    """Tells what belongs into a ledger from what a start wrote that was superseded by then."""
+
+    def __init__(self) -> None:
+        self._start = 0
+        self._told: set[int] = set()
+
+    def admitted(self, record: Record) -> Record | None:
+        """The next record, in the order of the file; in the place of the first that an older start wrote too late a
+        warning, None in the place of the others."""
+        start = record.get("start", 0)
+        if record["kind"] == "start":
+            self._start = max(self._start, start)
+        if start >= self._start or start == 0:
+            return record
+        if start in self._told:
+            return None
+        self._told.add(start)
+        text = f"what start {start} wrote after start {self._start} had taken over was left out"
+        return _warning(text)
+
+
+def _warning(text: str) -> Record:
+    return {"kind": "message", "time": 0.0, "start": 0, "level": "warning", "text": text, "step": None}
 
 
 def _record_of(line: bytes, number: int) -> Record | None:
@@ -124,8 +160,7 @@ def _record_of(line: bytes, number: int) -> Record | None:
     except ValueError:
         if not line.strip() or not line.endswith(b"\n"):
             return None
-        text = f"line {number} of the ledger is damaged (cut off when its process died?) and was left out"
-        return {"kind": "message", "time": 0.0, "start": 0, "level": "warning", "text": text, "step": None}
+        return _warning(f"line {number} of the ledger is damaged (cut off when its process died?) and was left out")
 
 
 def standing(records: Iterable[Record], kind: str = "attempt") -> list[Record]:
@@ -264,7 +299,37 @@ def _not_applied(record: Record) -> tuple[str, str] | None:
 
 
 def newest_first(path: Path) -> Iterator[Record]:
-    """The records from the end of the file; none where there is no file. Damaged lines are left out."""
+    """The records from the end of the file; none where there is no file. Damaged lines, and what an older start
+    appended after a newer one had begun, are left out."""
+    begun: list[tuple[int, int]] | None = None
+    # from here back nothing newer than this start is known to have begun
+    expected = newest_start(RunFiles(path.parent))
+    for offset, record in _backwards(path):
+        start = record.get("start", 0)
+        if 0 < start < expected:
+            # whether it came too late only the lines before it tell: the one case in which the whole file is read
+            begun = _begun(path) if begun is None else begun
+            expected = max((number for where, number in begun if where < offset), default=0)
+            if start < expected:
+                continue
+        yield record
+        expected = start - 1 if record["kind"] == "start" else max(expected, start)
+
+
+def _begun(path: Path) -> list[tuple[int, int]]:
+    """(offset, number) of each `start` record."""
+    found, offset = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, LookupError):
+                if b"start" in line[:40] and (record := decode(line))["kind"] == "start":
+                    found.append((offset, int(record["start"])))
+            offset += len(line)
+    return found
+
+
+def _backwards(path: Path) -> Iterator[tuple[int, Record]]:
+    """(offset, record) from the end of the file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -282,13 +347,14 @@ def newest_first(path: Path) -> Iterator[Record]:
                 continue
             whole = [first, *lines]
             whole[-1] += b"".join(head)
-            head = [whole.pop(0)] if start else []
-            for line in reversed(whole):
+            placed = list(zip(accumulate((len(line) + 1 for line in whole), initial=start), whole, strict=False))
+            head = [placed.pop(0)[1]] if start else []
+            for offset, line in reversed(placed):
                 try:
                     record = decode(line)
                 except ValueError:
                     continue
-                yield record
+                yield offset, record
             end = start
 
 

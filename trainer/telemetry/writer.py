@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.errors import RunDirectoryError
+from trainer.starts import NO_FENCE, Fence
 from trainer.telemetry.ledger import Record, decode, encode
 
 _MAX_PENDING_BYTES = 64 << 20
@@ -43,10 +44,16 @@ class Ledger:
     What a full or failing disk refuses is kept in memory (64 MiB at most) and tried again with every record; the first
     failure is said through `complain`, training goes on, and `close` returns the error if lines are still missing then.
     A killed process loses what the thread had not yet taken up (milliseconds); `flush` after what must not be lost.
+
+    Once a newer start of the run has taken over, nothing more is written or shown, and that is said through `complain`.
     """
 
     def __init__(
-        self, path: Path, make_views: Sequence[Callable[[], View]] = (), complain: Callable[[str], None] = say
+        self,
+        path: Path,
+        make_views: Sequence[Callable[[], View]] = (),
+        complain: Callable[[str], None] = say,
+        fence: Fence = NO_FENCE,
     ):
         """Opens or creates the ledger; a line that a killed process left unfinished is ended first.
 
@@ -70,6 +77,8 @@ class Ledger:
         self._views: list[View] = []
         self._make_views = make_views
         self._complain = complain
+        self._fence = fence
+        self._ended = False
         self._queue: queue.SimpleQueue[Callable[[], Record] | threading.Event | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
@@ -85,16 +94,17 @@ class Ledger:
             done = threading.Event()
             self._queue.put(done)
             done.wait()
-        return self._problem is None
+        return self._problem is None and not self._ended
 
     def close(self) -> OSError | None:
-        """Waits for the last record and the views; the error where lines are missing on disk. Idempotent."""
+        """Waits for the last record and the views; the error where lines are missing on disk, unless they would not
+        belong there any more. Idempotent."""
         if not self._closed:
             self._closed = True
             self._queue.put(None)
             self._thread.join()
             os.close(self._file)
-        return self._problem
+        return None if self._ended else self._problem
 
     def _work(self) -> None:
         for make_view in self._make_views:
@@ -106,17 +116,25 @@ class Ledger:
             if isinstance(item, threading.Event):
                 self._sync()
                 item.set()
-            else:
+            elif not self._superseded():
                 self._add(item)
                 if self._queue.empty():
                     self._drain()
         self._sync()
-        if self._problem is not None:
+        if self._problem is not None and not self._ended:
             self._complain(
                 f"{self.path} is incomplete: the disk refused records until the end ({self._problem.strerror})"
             )
         for view in list(self._views):
             self._guarded(view, view.close)
+
+    def _superseded(self) -> bool:
+        """Whether the ledger is a newer start's by now; what was not written yet is dropped then."""
+        if not self._ended and self._fence.superseded:
+            self._ended = True
+            self._pending.clear()
+            self._complain(f"{self.path} is a newer start's by now: the records of this one end here")
+        return self._ended
 
     def _add(self, make: Callable[[], Record]) -> None:
         try:
@@ -142,6 +160,8 @@ class Ledger:
 
     def _drain(self) -> bool:
         """Writes what is pending; whether all of it was taken."""
+        if self._superseded():
+            return False
         try:
             while self._pending:
                 del self._pending[: os.write(self._file, self._pending)]
