@@ -31,6 +31,10 @@ HARMLESS = (
     "guard",
     "snapshots",
     "supervision",
+    "zero",
+    "batch.micro",
+    "cluster.nodes",
+    "cluster.ranks_per_node",
     "cluster.threads_per_rank",
     "data.workers",
     "data.prefetch",
@@ -40,8 +44,10 @@ HARMLESS = (
 )
 """Options and sections that may change when a run goes on: none of them changes what is trained on what.
 
-Threads and the layout of folders are here because only the place changes; another number of threads can change the last
-bits of a sum. The guard is here because it changes nothing until something goes wrong, and then one may want another.
+Ranks, ZeRO stage, offload and micro-batch are here because checkpoints are converted when they are loaded: the same
+samples in the same order, the loss within floating-point noise. Threads and the layout of folders are here because only
+the place changes; another number of threads can change the last bits of a sum. The guard is here because it changes
+nothing until something goes wrong, and then one may want another.
 """
 
 

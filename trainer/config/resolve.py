@@ -162,11 +162,13 @@ _WITHOUT_EFFECT_ON_BITS = {
     "supervision",
 }
 _DATA_WITHOUT_EFFECT = {"prepared", "accept_changed", "workers", "prefetch", "exclude_batches"}
+_CONVERTED = {"zero": True, "batch": {"micro"}}
+"""How the state is cut and the batch computed: a checkpoint is brought into another form when it is loaded."""
 
 
 def fingerprint(config: RunConfig) -> str:
     """Hash of all options that change what is trained on what: equal for two starts that may continue each other."""
-    relevant = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT_ON_BITS | {"data"}) | {
-        "data": config.data.model_dump(mode="json", exclude=_DATA_WITHOUT_EFFECT)
-    }
+    left_out: dict[str, Any] = dict.fromkeys(_WITHOUT_EFFECT_ON_BITS, True)
+    left_out |= {"data": _DATA_WITHOUT_EFFECT} | _CONVERTED
+    relevant = config.model_dump(mode="json", exclude=left_out)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]

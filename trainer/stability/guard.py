@@ -121,6 +121,15 @@ class Guard(Rungs):
         from: their folders stay."""
         self._ladder.incidents = max(self._ladder.incidents, newest)
 
+    def forget_ranks(self) -> str | None:
+        """To call after :meth:`restore` where other ranks, or another ZeRO stage, go on: what an open incident knows of
+        single ranks would be held against others. Returns a sentence to say; None: it knew nothing of the kind."""
+        incident = self._ladder.open
+        lost = incident.forget_ranks() if incident is not None else ""
+        if incident is None or not lost:
+            return None
+        return f"incident {incident.number} is still open, and other ranks go on with it: {lost} are forgotten"
+
     # judging
 
     def look(self, loss: float, grad_norm: float) -> Verdict:

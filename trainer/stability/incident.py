@@ -53,6 +53,12 @@ class Incident:
             self.clean += 1
             self.log_losses += math.log(loss)
 
+    def forget_ranks(self) -> str:
+        """Drop what is known of single ranks: other ranks go on. Returns what that was, in words; empty: nothing."""
+        known = {"the ranks that it blamed": bool(self.culprits), "their checksums": self.checksums is not None}
+        self.culprits, self.same_ranks, self.checksums = (), 0, None
+        return " and ".join(text for text, was_known in known.items() if was_known)
+
     @property
     def loss_since(self) -> float:
         """Geometric mean of the loss since the newest action; NaN before the first step."""

@@ -82,13 +82,19 @@ def test_what_may_change_does_not_change_what_a_checkpoint_is_of(make_config: Ma
         checkpoint={"every": 3, "keep": 1},
         guard={"max_consecutive_skips": 3},
         snapshots={"every": 3, "keep": 5},
-        cluster={"threads_per_rank": 3},
+        supervision={"restarts": 7},
+        zero={"stage": 3, "offload": "all", "overlap": False, "bucket_elements": 7},
+        batch={"samples": 8, "micro": 4},
+        cluster={"threads_per_rank": 3, "nodes": 2, "ranks_per_node": 4},
         data=data | {"workers": 1, "prefetch": 0, "prepared": "/elsewhere", "accept_changed": True},
     )
     found = differences(old, new)
     assert all(difference.harmless for difference in found)
     assert {name for name in HARMLESS if any(item.path.startswith(name) for item in found)} == set(HARMLESS)
     assert fingerprint(old) == fingerprint(new)
+    for change in ({"batch": {"samples": 16, "micro": 2}}, {"precision": "bf16"}, {"optim": {"lr": 2e-3}}, {"seed": 1}):
+        assert fingerprint(make_config(**change)) != fingerprint(old), change
+        assert not all(difference.harmless for difference in differences(old, make_config(**change))), change
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "/etc", "."])

@@ -293,6 +293,22 @@ def test_a_rank_whose_replica_differs_is_named_by_the_repeated_steps() -> None:
     assert any("had been wrong on rank 1 on node-b" in event.text for event in guard.drain())
 
 
+def test_other_ranks_are_not_held_to_what_an_incident_knows_of_the_old_ones() -> None:
+    guard = make_guard()
+    train(guard, 25)
+    assert guard.forget_ranks() is None
+    history = guard.history()
+    differ = replace(stats_of(26, 25), ranks=replace(stats_of(26, 25).ranks, checksums=np.array([8.0, 9.0])))
+    go_back(guard, guard.judge(differ), differ, history, 0)
+    resumed = make_guard()
+    resumed.restore(guard.history(), json.loads(json.dumps(guard.ladder())))
+    said = resumed.forget_ranks()
+    assert said == "incident 1 is still open, and other ranks go on with it: their checksums are forgotten"
+    four = replace(differ.ranks, checksums=np.full(4, 8.0))
+    assert isinstance(resumed.judge(replace(differ, ranks=four)), Step)
+    assert not any("had been wrong" in event.text for event in resumed.drain())
+
+
 def test_a_reduced_gradient_that_differs_between_ranks_is_computed_again() -> None:
     guard = make_guard()
     train(guard, 30)
