@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.starts": ("trainer.config.files", "trainer.exclusive", *GROUND),
     "trainer.config": GROUND,
     **{f"trainer.{room}": ("trainer.config", "trainer.starts", *GROUND) for room in ROOMS},
-    "trainer.faults": ("trainer.engine", *GROUND),
+    "trainer.faults": ("trainer.engine", "trainer.config.files", *GROUND),
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
     "trainer.recovery": ("trainer.config", "trainer.saving", *GROUND, *(f"trainer.{room}" for room in ROOMS)),
     "trainer.saving": ("trainer.config", "trainer.starts", *GROUND, *(f"trainer.{room}" for room in ROOMS)),

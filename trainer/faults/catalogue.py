@@ -10,7 +10,7 @@ from typing import Literal
 
 from trainer.errors import ConfigError
 from trainer.faults.parse import parse_fault
-from trainer.faults.sentence import Fault, Kind, all_of, at, batches
+from trainer.faults.sentence import OF_PROCESS, REQUESTS, Fault, Kind, all_of, at, batches
 
 REQUEST, REPORT = "request.json", "drill.json"
 """In the directory of a drill: which faults are wanted; what became of them."""
@@ -25,18 +25,53 @@ class Exercise:
 
     name: str
     fault: Fault
-    ends: Literal["completed", "halted"] = "completed"
-    """`halted` where nothing can be recovered."""
+    ends: Literal["completed", "halted", "stopped"] = "completed"
+    """`halted` where nothing can be recovered; `stopped` where it is asked to end and the same command goes on."""
     must_notice: bool = True
     """Not seeing it is a failure even where the result is as good."""
     says: tuple[str, ...] = ()
-    """What the diagnosis of a halt must hold."""
+    """What the diagnosis of a halt, or what a run in processes of its own says, must hold."""
+
+    @property
+    def of_processes(self) -> bool:
+        """Whether it needs processes of its own: they die of it."""
+        return bool(self.fault.kinds & OF_PROCESS)
 
 
 def catalogue(steps: int, ranks: int, stage: int, before: int = 0) -> tuple[Exercise, ...]:
     """Every fault of the drill that can happen to so many ranks in this ZeRO stage, in the middle of the `steps` that
     follow on `before` others."""
     return _placed(before + steps // 2, min(steps // 8, 20), ranks, stage)
+
+
+def process_catalogue(steps: int, ranks: int) -> tuple[Exercise, ...]:
+    """Every fault of the processes, the disk and the checkpoints, between two of the checkpoints that a run of so many
+    steps saves every :func:`save_every` steps."""
+    every = save_every(steps)
+    place = every * (steps // every // 2) + every // 2 + 1
+    last = ranks - 1
+    return (
+        Exercise("kill-rank", at(step=place, rank=last).kill()),
+        Exercise("kill-all", at(step=place).kill_everything()),
+        Exercise("kill-rank-saving", at(step=place, rank=last).kill_while_saving()),
+        Exercise("kill-all-saving", at(step=place).kill_everything_while_saving(3)),
+        Exercise("stop-rank", at(step=place, rank=last).stop(), says=(f"rank {last}",)),
+        Exercise("damage-checkpoint", at(step=place).damage_checkpoint(), says=("rank-00000.safetensors",)),
+        Exercise("truncate-checkpoint", at(step=place).truncate_checkpoint(), says=("rank-00000.safetensors",)),
+        Exercise("delete-file", at(step=place).delete_checkpoint_file(), says=("rank-00000.safetensors",)),
+        Exercise("full-disk", at(step=place).disk_is_full(steps=2 * every), says=("no checkpoint at step",)),
+        Exercise(
+            "read-only", at(step=place).checkpoints_are_read_only(steps=2 * every), says=("no checkpoint at step",)
+        ),
+        Exercise("data-worker", at(step=place, rank=last).data_worker_dies(), says=(f"data-rank-{last}",)),
+        Exercise("terminate", at(step=place, rank=last).terminate(), ends="stopped"),
+        Exercise("warn", at(step=place).warn(), ends="stopped"),
+    )
+
+
+def save_every(steps: int) -> int:
+    """Steps between the checkpoints of a run that is drilled with faults of its processes."""
+    return max(2, steps // 8)
 
 
 def _placed(middle: int, reach: int, ranks: int, stage: int) -> tuple[Exercise, ...]:
@@ -112,7 +147,8 @@ def choose(exercises: Sequence[Exercise], wanted: Sequence[str]) -> tuple[Exerci
             except ValueError as error:
                 problems.append(("--faults", str(error)))
             else:
-                chosen.append(Exercise(str(fault), fault, must_notice=False))
+                ends: Literal["stopped", "completed"] = "stopped" if fault.kinds & REQUESTS else "completed"
+                chosen.append(Exercise(str(fault), fault, ends, must_notice=False))
         else:
             close = difflib.get_close_matches(word, by_name, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(by_name)}"

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from trainer.engine.injection import Injector
 from trainer.errors import ConfigError
-from trainer.faults.sentence import OF_TOKENS, Fault, Kind, Strike
+from trainer.faults.process import ProcessFaults
+from trainer.faults.sentence import OF_PROCESS, OF_TOKENS, Fault, Kind, Strike
 
 if TYPE_CHECKING:
+    from trainer.config.files import RunFiles
     from trainer.engine.zero import Engine
 
 _BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
@@ -48,10 +51,21 @@ class FaultInjector(Injector):
 
     active = True
 
-    def __init__(self, faults: Sequence[Fault], rank: int, world_size: int):
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        rank: int,
+        world_size: int,
+        start: int = 1,
+        files: RunFiles | None = None,
+    ):
         """
+        Args:
+            start: of the run, from 1.
+            files: of the run; faults of its processes need them.
+
         Raises:
-            ConfigError: a fault names a rank that there is not.
+            ConfigError: a fault names a rank that there is not, or cannot happen here.
         """
         strikes = [strike for fault in faults for strike in fault.strikes if strike.kind not in OF_TOKENS]
         for strike in strikes:
@@ -60,13 +74,18 @@ class FaultInjector(Injector):
                     [("faults", f"{strike} names a rank that is not there: ranks are 0 to {world_size - 1}")]
                 )
         self._rank = rank
-        self._watched = [_Watched(strike) for strike in strikes]
+        ordinary = [strike for strike in strikes if strike.kind not in OF_PROCESS]
+        self._watched = [_Watched(strike) for strike in ordinary if strike.start in (None, start)]
+        self._process = ProcessFaults(
+            [strike for strike in strikes if strike.kind in OF_PROCESS and self._here(strike)], rank, start, files
+        )
         self._due: list[_Watched] = []
         self._attempt = self._step = 0
         self.struck: list[tuple[int, str]] = []
 
     def begin(self, attempt: int, step: int, batch_index: int) -> None:
         self._attempt, self._step = attempt, step
+        self._process.begin(step)
         self._due = []
         for watched in self._watched:
             strike = watched.strike
@@ -123,6 +142,12 @@ class FaultInjector(Injector):
             if due and self._here(strike) and (watched.struck_at is None or strike.every_time):
                 self._note(watched)
                 flip_one(list(tensors.values()), _seed(strike, self._rank))
+
+    def reading(self, batch_index: int) -> None:  # noqa: ARG002
+        self._process.reading()
+
+    def moment(self, name: str, path: Path) -> None:  # noqa: ARG002
+        self._process.moment()
 
     def _strikes(self, *kinds: Kind) -> Iterator[Strike]:
         """Those of these kinds that strike this rank in this attempt; they are noted as having struck."""

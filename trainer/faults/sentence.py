@@ -3,7 +3,8 @@
 Faults of the hardware and of the run are placed by step, faults of the data by batch index. A fault placed by step is
 transient: it is there the first time that the run comes to its step, and a replay, or the same steps done again after
 a rollback, do not meet it; `.every_time()` makes it stay. A fault of the data is part of the data: whenever the
-batch is computed, it is there.
+batch is computed, it is there. A fault of the processes (they die, stand still, cannot write) strikes in one start of
+the run, by default its first: what is started afterwards does not remember it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,19 @@ class Kind(Enum):
     ONE_TOKEN = "one_token"  # noqa: S105 (of text)
     SHUFFLED_LABELS = "shuffled_labels"
     DRIFT = "drift"
+    KILL = "kill"
+    KILL_EVERYTHING = "kill_everything"
+    KILL_WHILE_SAVING = "kill_while_saving"
+    KILL_EVERYTHING_WHILE_SAVING = "kill_everything_while_saving"
+    STOP = "stop"
+    TERMINATE = "terminate"
+    WARN = "warn"
+    DAMAGE_CHECKPOINT = "damage_checkpoint"
+    TRUNCATE_CHECKPOINT = "truncate_checkpoint"
+    DELETE_CHECKPOINT_FILE = "delete_checkpoint_file"
+    DISK_IS_FULL = "disk_is_full"
+    CHECKPOINTS_ARE_READ_ONLY = "checkpoints_are_read_only"
+    DATA_WORKER_DIES = "data_worker_dies"
 
 
 BY_BATCH = frozenset({Kind.DATA_IS_NAN, Kind.RANDOM_TOKENS, Kind.ONE_TOKEN, Kind.SHUFFLED_LABELS, Kind.DRIFT})
@@ -38,8 +52,37 @@ BY_BATCH = frozenset({Kind.DATA_IS_NAN, Kind.RANDOM_TOKENS, Kind.ONE_TOKEN, Kind
 OF_TOKENS = BY_BATCH - {Kind.DATA_IS_NAN}
 """In what the stream hands out; all others are in the step itself."""
 
-_ON_ALL_RANKS = BY_BATCH | {Kind.LEARNING_RATE_TIMES}
-_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT})
+OF_CHECKPOINT = frozenset({Kind.DAMAGE_CHECKPOINT, Kind.TRUNCATE_CHECKPOINT, Kind.DELETE_CHECKPOINT_FILE})
+"""In the files of the newest checkpoint."""
+
+REQUESTS = frozenset({Kind.TERMINATE, Kind.WARN})
+"""Not faults at all: the run must save and end in order."""
+
+OF_PROCESS = (
+    OF_CHECKPOINT
+    | REQUESTS
+    | {
+        Kind.KILL,
+        Kind.KILL_EVERYTHING,
+        Kind.KILL_WHILE_SAVING,
+        Kind.KILL_EVERYTHING_WHILE_SAVING,
+        Kind.STOP,
+        Kind.DISK_IS_FULL,
+        Kind.CHECKPOINTS_ARE_READ_ONLY,
+        Kind.DATA_WORKER_DIES,
+    }
+)
+"""Of the processes, their disk and their checkpoints; all others leave the processes as they are."""
+
+_WHILE_SAVING = frozenset({Kind.KILL_WHILE_SAVING, Kind.KILL_EVERYTHING_WHILE_SAVING})
+_ON_ALL_RANKS = BY_BATCH | {
+    Kind.LEARNING_RATE_TIMES,
+    Kind.KILL_EVERYTHING,
+    Kind.DISK_IS_FULL,
+    Kind.CHECKPOINTS_ARE_READ_ONLY,
+}
+_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT}) | _WHILE_SAVING
+_WITH_STEPS = frozenset({Kind.LEARNING_RATE_TIMES, Kind.DISK_IS_FULL, Kind.CHECKPOINTS_ARE_READ_ONLY})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +97,15 @@ class Strike:
     rank: int | None
     """Where; None: on every rank."""
     factor: float = 1.0
-    """Of `gradient_times`, `learning_rate_times`; the share of labels that `drift` adds with every batch."""
+    """Of `gradient_times`, `learning_rate_times`; the share of labels that `drift` adds with every batch; which moment
+    of a save `kill_while_saving` waits for."""
     visit: int = 1
     """It is there the visit-th time that an attempt at its step begins: 2 is a replay, or the way back after a
     rollback."""
     every_time: bool = False
-    """Not only that once."""
+    """Not only that once; a fault of the processes: in every start."""
+    start: int | None = None
+    """Which start of the run meets it; None: every one."""
 
     def covers(self, place: int) -> bool:
         """Whether a step, or a batch index, lies in it."""
@@ -71,13 +117,16 @@ class Strike:
         else:
             rank = "" if self.rank is None else f", rank={self.rank}"
             visit = f", visit={self.visit}" if self.visit != 1 else ""
-            where = f"at(step={self.first}{rank}{visit})"
+            usual = 1 if self.kind in OF_PROCESS else None
+            start = f", start={self.start}" if self.start != usual else ""
+            where = f"at(step={self.first}{rank}{visit}{start})"
         short = f"{self.factor:g}"
-        factor = short if float(short) == self.factor else repr(self.factor)
-        arguments = factor if self.kind in _WITH_FACTOR else ""
-        if self.kind is Kind.LEARNING_RATE_TIMES and self.last is not None:
-            arguments += f", steps={self.last - self.first + 1}"
-        return f"{where}.{self.kind.value}({arguments}){'.every_time()' if self.every_time else ''}"
+        arguments = []
+        if self.kind in _WITH_FACTOR:
+            arguments.append(short if float(short) == self.factor else repr(self.factor))
+        if self.kind in _WITH_STEPS and self.last is not None:
+            arguments.append(f"steps={self.last - self.first + 1}")
+        return f"{where}.{self.kind.value}({', '.join(arguments)}){'.every_time()' if self.every_time else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +135,12 @@ class Fault:
 
     strikes: tuple[Strike, ...]
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset(strike.kind for strike in self.strikes)
+
     def every_time(self) -> Fault:
-        """The same fault, met again by replays and by the same steps done again."""
+        """The same fault, met again by replays, by the same steps done again, and by later starts."""
         return Fault(tuple(replace(strike, every_time=True) for strike in self.strikes))
 
     def __str__(self) -> str:
@@ -104,6 +157,7 @@ class Moment:
     batches: tuple[int, int | None] | None = None
     rank: int | None = None
     visit: int = 1
+    start: int | None = None
 
     def gradient_is_nan(self) -> Fault:
         """The gradient that one rank computes, before any reduction, is NaN."""
@@ -136,8 +190,6 @@ class Moment:
 
     def learning_rate_times(self, factor: float, steps: int = 1) -> Fault:
         """So many updates in a row are made at so many times the learning rate."""
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, but is {steps}")
         return self._fault(Kind.LEARNING_RATE_TIMES, factor, steps)
 
     def corrupt_snapshot(self) -> Fault:
@@ -170,42 +222,106 @@ class Moment:
             raise ValueError(f"the rate of drift must lie in (0, 1], but is {rate:g}")
         return self._fault(Kind.DRIFT, rate)
 
+    def kill(self) -> Fault:
+        """One rank is killed (SIGKILL)."""
+        return self._fault(Kind.KILL)
+
+    def kill_everything(self) -> Fault:
+        """All ranks and their agent are killed; on every machine, unless a rank is named: then on its machine."""
+        return self._fault(Kind.KILL_EVERYTHING)
+
+    def kill_while_saving(self, moment: int = 2) -> Fault:
+        """A rank is killed while it writes a checkpoint, at this step or later: at the first moment of a save, the
+        second (in the middle of its first file), and so on; counted on over saves."""
+        return self._fault(Kind.KILL_WHILE_SAVING, _whole("moment", moment, 1))
+
+    def kill_everything_while_saving(self, moment: int = 2) -> Fault:
+        """As before, and with the rank all ranks on its machine and their agent."""
+        return self._fault(Kind.KILL_EVERYTHING_WHILE_SAVING, _whole("moment", moment, 1))
+
+    def stop(self) -> Fault:
+        """A rank stands still (SIGSTOP): alive, and of no use."""
+        return self._fault(Kind.STOP)
+
+    def terminate(self) -> Fault:
+        """A rank is asked to end (SIGTERM), as schedulers do."""
+        return self._fault(Kind.TERMINATE)
+
+    def warn(self) -> Fault:
+        """A rank is told that its time is nearly over (SIGUSR1), as Slurm does."""
+        return self._fault(Kind.WARN)
+
+    def damage_checkpoint(self) -> Fault:
+        """One bit of a rank's file in the newest checkpoint flips, then everything is killed."""
+        return self._fault(Kind.DAMAGE_CHECKPOINT)
+
+    def truncate_checkpoint(self) -> Fault:
+        """A rank's file in the newest checkpoint loses its second half, then everything is killed."""
+        return self._fault(Kind.TRUNCATE_CHECKPOINT)
+
+    def delete_checkpoint_file(self) -> Fault:
+        """A rank's file in the newest checkpoint is gone, then everything is killed."""
+        return self._fault(Kind.DELETE_CHECKPOINT_FILE)
+
+    def disk_is_full(self, steps: int) -> Fault:
+        """For so many steps no file can grow beyond its first page: what is written fails, in the middle."""
+        return self._fault(Kind.DISK_IS_FULL, steps=steps)
+
+    def checkpoints_are_read_only(self, steps: int) -> Fault:
+        """For so many steps nothing can be made in the folder of checkpoints."""
+        return self._fault(Kind.CHECKPOINTS_ARE_READ_ONLY, steps=steps)
+
+    def data_worker_dies(self) -> Fault:
+        """The thread of a rank that reads data ahead dies."""
+        return self._fault(Kind.DATA_WORKER_DIES)
+
     def _fault(self, kind: Kind, factor: float = 1.0, steps: int = 1) -> Fault:
         span: tuple[int, int | None]
         if kind in BY_BATCH:
+            if self.start is not None:
+                raise ValueError(f"{kind.value} is in the data, and the data is the same in every start")
             if self.batches is None or self.rank is not None or self.visit != 1:
                 raise ValueError(f"{kind.value} is in the data: place it with batches(first, last) or at(batch=…)")
             span = self.batches
         else:
             if self.steps is None:
                 raise ValueError(f"{kind.value} happens at a step: place it with at(step=…)")
-            span = (self.steps[0], self.steps[0] + steps - 1)
+            span = (self.steps[0], self.steps[0] + _whole("steps", steps, 1) - 1)
         if factor != factor:
             raise ValueError(f"the factor of {kind.value} must be a number")
         rank = self.rank if kind in _ON_ALL_RANKS else (self.rank or 0)
-        return Fault((Strike(kind, *span, rank, float(factor), self.visit),))
+        start = 1 if self.start is None and kind in OF_PROCESS else self.start
+        return Fault((Strike(kind, *span, rank, float(factor), self.visit, start=start),))
 
 
-def at(*, step: int | None = None, batch: int | None = None, rank: int | None = None, visit: int = 1) -> Moment:
+def at(
+    *,
+    step: int | None = None,
+    batch: int | None = None,
+    rank: int | None = None,
+    visit: int = 1,
+    start: int | None = None,
+) -> Moment:
     """At a step (counted from 1), or a batch index (from 0).
 
     Args:
-        rank: where; by default rank 0, and every rank for the learning rate.
+        rank: where; by default rank 0, and every rank for the learning rate, the disk and all that is killed.
         visit: which attempt at the step meets it, counted from 1: 2 is a replay, or the way back after a rollback.
+        start: which start of the run meets it; by default every one, and the first one for what strikes processes.
 
     Raises:
         ValueError: one sentence.
     """
     if (step is None) == (batch is None):
         raise ValueError("at(…) takes either step or batch")
-    _whole("rank", rank, 0)
+    for name, value, least in (("rank", rank, 0), ("step", step, 1), ("batch", batch, 0), ("start", start, 1)):
+        if value is not None:
+            _whole(name, value, least)
     _whole("visit", visit, 1)
-    _whole("step", step, 1)
-    _whole("batch", batch, 0)
     if step is not None:
-        return Moment(steps=(step, step), rank=rank, visit=visit)
+        return Moment(steps=(step, step), rank=rank, visit=visit, start=start)
     assert batch is not None
-    return Moment(batches=(batch, batch), rank=rank, visit=visit)
+    return Moment(batches=(batch, batch), rank=rank, visit=visit, start=start)
 
 
 def batches(first: int, last: int) -> Moment:
@@ -234,6 +350,7 @@ def all_of(*faults: Fault) -> Fault:
     return Fault(tuple(strike for fault in faults for strike in fault.strikes))
 
 
-def _whole(name: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or value < least):
+def _whole(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, but is {value}")
+    return value

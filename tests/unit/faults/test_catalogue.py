@@ -6,7 +6,8 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.faults import Kind, parse_fault
-from trainer.faults.catalogue import MIN_STEPS, catalogue, choose, random_faults
+from trainer.faults.catalogue import MIN_STEPS, catalogue, choose, process_catalogue, random_faults, save_every
+from trainer.faults.sentence import OF_PROCESS
 
 
 @pytest.mark.parametrize("steps", [MIN_STEPS, 80, 1000])
@@ -23,7 +24,34 @@ def test_every_fault_can_happen_in_the_run(steps: int, ranks: int, stage: int, b
     kinds = {strike.kind for exercise in exercises for strike in exercise.fault.strikes}
     assert (Kind.FLIP_BIT_IN_REPLICA in kinds) == (ranks > 1 and stage < 3)
     assert (Kind.DISAGREE in kinds) == (ranks > 1)
-    assert kinds >= set(Kind) - {Kind.FLIP_BIT_IN_REPLICA, Kind.DISAGREE}
+    assert kinds >= set(Kind) - OF_PROCESS - {Kind.FLIP_BIT_IN_REPLICA, Kind.DISAGREE}
+    assert not any(exercise.of_processes for exercise in exercises)
+
+
+@pytest.mark.parametrize("steps", [MIN_STEPS, 60, 61, 1000])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_fault_of_the_processes_strikes_between_two_checkpoints(steps: int, ranks: int) -> None:
+    exercises = process_catalogue(steps, ranks)
+    every = save_every(steps)
+    assert len({exercise.name for exercise in exercises}) == len(exercises)
+    assert {kind for exercise in exercises for kind in exercise.fault.kinds} == OF_PROCESS
+    for exercise in exercises:
+        assert exercise.of_processes
+        assert parse_fault(str(exercise.fault)) == exercise.fault
+        (strike,) = exercise.fault.strikes
+        assert strike.first - 1 > 3 * every, "two checkpoints lie before it, so that the older one can be used"
+        assert (strike.first - 1) % every != 0
+        assert (strike.last or 0) < steps - every, "what could not be saved meanwhile is saved afterwards"
+        assert strike.rank is None or strike.rank < ranks
+
+
+def test_what_is_asked_to_end_is_to_stop() -> None:
+    chosen = choose(process_catalogue(60, 2), ["warn", "at(step=3).terminate()", "at(step=3).kill()"])
+    assert [(exercise.ends, exercise.of_processes) for exercise in chosen] == [
+        ("stopped", True),
+        ("stopped", True),
+        ("completed", True),
+    ]
 
 
 def test_faults_are_chosen_by_name_and_by_sentence() -> None:

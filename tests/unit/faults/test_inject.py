@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from trainer.config.files import RunFiles
 from trainer.errors import ConfigError
 from trainer.faults import Fault, all_of, at, parse_fault
 from trainer.faults.inject import FaultInjector, flip_one
@@ -100,6 +102,27 @@ def test_it_says_what_it_did() -> None:
             injector.local_gradient(index, torch.ones(1))
         injector.digest(0)
     assert injector.struck == [(1, "at(step=2, rank=0).gradient_is_nan()")]
+
+
+def test_a_fault_may_be_of_one_start_of_the_run() -> None:
+    for start, factor in ((1, 1.0), (2, 7.0)):
+        injector = FaultInjector([at(step=3, start=2).gradient_times(7)], 0, 2, start=start)
+        injector.begin(0, 3, 2)
+        assert injector.local_gradient(0, torch.ones(1)).item() == factor
+
+
+def test_a_thread_dies_on_the_rank_that_is_named(tmp_path: Path) -> None:
+    for rank, start, dies in ((0, 1, False), (1, 1, True), (1, 2, False)):
+        injector = FaultInjector(
+            [at(step=3, rank=1).data_worker_dies()], rank, 2, start=start, files=RunFiles(tmp_path)
+        )
+        injector.begin(0, 3, 2)
+        injector.moment("begin", tmp_path)
+        if dies:
+            with pytest.raises(RuntimeError, match="data_worker_dies"):
+                injector.reading(5)
+        else:
+            injector.reading(5)
 
 
 def test_a_rank_that_is_not_there_is_refused() -> None:

@@ -25,6 +25,20 @@ EVERY = {
     "batches(50, 57).one_token()": batches(50, 57).one_token(),
     "batches(50, 57).shuffled_labels()": batches(50, 57).shuffled_labels(),
     "from_batch(60).drift(0.02)": from_batch(60).drift(0.02),
+    "at(step=2, rank=0, start=3).disagree()": at(step=2, start=3).disagree(),
+    "at(step=40, rank=1).kill()": at(step=40, rank=1).kill(),
+    "at(step=40).kill_everything()": at(step=40).kill_everything(),
+    "at(step=40, rank=0, start=2).kill_while_saving(2)": at(step=40, start=2).kill_while_saving(),
+    "at(step=40, rank=1).kill_everything_while_saving(5)": at(step=40, rank=1).kill_everything_while_saving(5),
+    "at(step=40, rank=0, visit=2).stop()": at(step=40, visit=2).stop(),
+    "at(step=40, rank=0).terminate()": at(step=40).terminate(),
+    "at(step=40, rank=0).warn()": at(step=40).warn(),
+    "at(step=40, rank=0).damage_checkpoint()": at(step=40).damage_checkpoint(),
+    "at(step=40, rank=0).truncate_checkpoint()": at(step=40).truncate_checkpoint(),
+    "at(step=40, rank=0).delete_checkpoint_file()": at(step=40).delete_checkpoint_file(),
+    "at(step=40).disk_is_full(steps=30)": at(step=40).disk_is_full(30),
+    "at(step=40).checkpoints_are_read_only(steps=3)": at(step=40).checkpoints_are_read_only(steps=3),
+    "at(step=40, rank=1).data_worker_dies()": at(step=40, rank=1).data_worker_dies(),
     "all_of(at(step=2, rank=0).gradient_is_nan(), batches(1, 2).one_token())": all_of(
         at(step=2).gradient_is_nan(), batches(1, 2).one_token()
     ),
@@ -46,6 +60,9 @@ def test_what_a_sentence_says() -> None:
         (Strike(Kind.LEARNING_RATE_TIMES, 40, 42, None, 30.0),)
     )
     assert at(step=4).gradient_is_nan().strikes[0].rank == 0, "one rank's hardware"
+    assert at(step=4).kill().strikes[0].start == 1, "the process after it has no memory of it"
+    assert at(step=4).disk_is_full(30).strikes[0].last == 33
+    assert at(step=4).disk_is_full(30).strikes[0].rank is None
     assert from_batch(6).one_token().strikes[0].covers(10**9)
     assert not batches(6, 8).one_token().strikes[0].covers(9)
 
@@ -55,16 +72,19 @@ def test_what_a_sentence_says() -> None:
     more=st.integers(0, 100),
     rank=st.integers(0, 1000),
     visit=st.integers(1, 9),
+    start=st.none() | st.integers(1, 9),
     factor=st.floats(-1e30, 1e30),
     stays=st.booleans(),
 )
 def test_saying_and_reading_are_inverse(
-    first: int, more: int, rank: int, visit: int, factor: float, stays: bool
+    first: int, more: int, rank: int, visit: int, start: int | None, factor: float, stays: bool
 ) -> None:
     fault = all_of(
         at(step=first + 1, rank=rank, visit=visit).gradient_times(factor),
         at(step=first + 1).learning_rate_times(factor, steps=more + 1),
         batches(first, first + more).drift(0.25),
+        at(step=first + 1, rank=rank, visit=visit, start=start).kill_while_saving(more + 1),
+        at(step=first + 1, start=start).checkpoints_are_read_only(steps=more + 1),
     )
     fault = fault.every_time() if stays else fault
     assert parse_fault(str(fault)) == fault
@@ -91,6 +111,12 @@ def test_saying_and_reading_are_inverse(
         ("at(**4).gradient_is_nan()", "one by one"),
         ("at(step=4).gradient_times()", "missing a required argument: 'factor'"),
         ("at(step=4).learning_rate_times(3, steps=0)", "steps must be a whole number of at least 1"),
+        ("at(step=4, start=0).kill()", "start must be a whole number of at least 1, but is 0"),
+        ("at(step=4).kill_while_saving(0)", "moment must be a whole number of at least 1, but is 0"),
+        ("at(step=4).disk_is_full()", "missing a required argument: 'steps'"),
+        ("at(step=4).disk_is_full(steps=2.5)", "steps must be a whole number of at least 1, but is 2.5"),
+        ("at(batch=4).kill()", "place it with at(step=…)"),
+        ("at(batch=4, start=2).one_token()", "the data is the same in every start"),
         ("at(batch=4).gradient_is_nan()", "place it with at(step=…)"),
         ("at(step=4).random_tokens()", "place it with batches(first, last)"),
         ("at(batch=4, rank=1).random_tokens()", "place it with batches(first, last)"),
