@@ -16,6 +16,7 @@ from trainer.engine.injection import Injector
 from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_state, reset_moments
 from trainer.engine.zero import Engine
+from trainer.errors import CheckpointError
 
 STAGES = [0, 1, 2, 3]
 LR = 3e-3
@@ -273,3 +274,85 @@ def not_finite(rank: int, world_size: int, config: RunConfig) -> Any:
 
 def test_the_first_snapshot_is_looked_through_too(two_ranks: RankPool) -> None:
     assert two_ranks(not_finite, config=make_config()) == [1, 1]
+
+
+def held_while_training(rank: int, world_size: int, config: RunConfig) -> Any:
+    """Copies of steps 2 (a snapshot), 3 (a copy of its own) and 4 held while the ring turns over under them."""
+    engine = make_engine(config, rank, world_size, dropout=0.1)
+    ring = SnapshotRing(engine, keep=1, spare=2)
+    ring.take(0, {})
+    kept = {}
+    for index in range(6):
+        if index == 2:
+            ring.take(2, {})
+        if index in (2, 3):
+            live, numbers = read_state(engine)
+            kept[index] = ({name: tensor.clone() for name, tensor in live.items()}, numbers, ring.hold(index))
+        elif index > 3:
+            ring.take(index, {})
+        step(engine, config, index, rank, world_size, ring)
+    same = [
+        all(torch.equal(tensors[name], held.state()[0][name]) for name in tensors) and numbers == held.state()[1]
+        for tensors, numbers, held in kept.values()
+    ]
+    memory = ring.num_bytes
+    for _, _, held in kept.values():
+        held.release()
+    ring.take(6, {})
+    ring.hold(6).release()
+    assert ring.hold(6).state()[0].keys() == ring.hold(6).state()[0].keys()
+    shared = ring.num_bytes == memory, ring.steps()
+    ring.close()
+    return same, shared
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_held_copy_stays_while_training_goes_on(two_ranks: RankPool, stage: int) -> None:
+    config = make_config(zero={"stage": stage})
+    for same, (no_more_memory, steps) in two_ranks(held_while_training, config=config):
+        assert same == [True, True]
+        assert no_more_memory
+        assert steps == [6]
+
+
+def held_and_harmed(rank: int, world_size: int, config: RunConfig) -> Any:
+    engine = make_engine(config, rank, world_size)
+    ring = SnapshotRing(engine, keep=1, spare=1)
+    ring.take(0, {})
+    held = ring.hold(0)
+    tensors, _ = held.state()
+    next(iter(tensors.values()))[0] += 1.0
+    try:
+        held.state()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        held.release()
+        ring.close()
+    return None
+
+
+def test_a_copy_that_changed_in_memory_is_not_saved(two_ranks: RankPool) -> None:
+    for text in two_ranks(held_and_harmed, config=make_config()):
+        assert "has changed since it was made; nothing was saved from it" in text
+
+
+def held_after_reset(rank: int, world_size: int, config: RunConfig) -> Any:
+    """The moments were begun anew since the snapshot: it is no copy of the live state any more."""
+    engine = make_engine(config, rank, world_size)
+    ring = SnapshotRing(engine, keep=1, spare=1)
+    step(engine, config, 0, rank, world_size, ring)
+    ring.take(1, {})
+    reset_moments(engine)
+    held = ring.hold(1)
+    ring.fence()
+    tensors, _ = held.state()
+    live, _ = read_state(engine)
+    result = all(torch.equal(live[name], tensors[name]) for name in live)
+    held.release()
+    ring.close()
+    return result
+
+
+def test_what_is_held_is_the_live_state_even_where_no_update_changed_it(two_ranks: RankPool) -> None:
+    assert two_ranks(held_after_reset, config=make_config()) == [True, True]

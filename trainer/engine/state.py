@@ -149,6 +149,8 @@ def reset_moments(engine: Engine) -> None:
                 value.zero_()
             elif key == "step":
                 state[key] = engine.shards.scalar_state(key, 0, flat)
+    # no earlier copy is one of this state
+    engine.updates = Updates()
 
 
 def _fragment_to_json(fragment: Fragment) -> dict[str, Any]:
