@@ -29,7 +29,7 @@ from trainer.config.check import check_config
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
 from trainer.config.resolve import deepspeed_config
-from trainer.errors import SUPERVISED, ConfigError, ExitCode, LaunchError, RunDirectoryError
+from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError
 from trainer.faults.parse import parse_faults
 
 if TYPE_CHECKING:
@@ -217,39 +217,17 @@ def num_samples(files: RunFiles, config: RunConfig) -> int | None:
 
 
 def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str, Any]:
-    """Start the ranks here, wait for them, and return the outcome."""
-    files = RunFiles(request.root)
-    # so that what is read afterwards is of this start
-    files.outcome.unlink(missing_ok=True)
-    settings = accelerate.environment(layout_of(request.config, plan))
-    ended = local.supervise(
-        accelerate.accelerate_argv(request.root),
-        {
-            **os.environ,
-            **settings,
-            "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
-            SUPERVISED: "1",
-        },
-        targets=local.children_of,
-        inherit=() if lock is None else (lock,),
-        stopping="finishing this step, then saving and stopping",
-        say=say,
-    )
-    outcome = read_outcome(request.root)
-    if outcome is not None:
-        return outcome
-    if ended.stop_requested and not ended.killed:
-        return {
-            "reason": "stopped",
-            "exit_code": int(ExitCode.STOPPED),
-            "message": "stopped before the first step; the same command starts again",
-        }
-    how = "was killed before it could save" if ended.stop_requested else "died without saying why"
-    return {
-        "reason": "crashed",
-        "exit_code": int(ExitCode.CRASHED),
-        "message": f"the run {how} (exit code {ended.exit_code}); the same command goes on from the last checkpoint",
+    """Start the ranks here, again where that is worth it, and return the outcome of the run."""
+    from launcher.supervision import Job, see_through
+
+    layout = layout_of(request.config, plan)
+    environment = {
+        **os.environ,
+        **accelerate.environment(layout),
+        "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
     }
+    argv = accelerate.accelerate_argv(request.root)
+    return see_through(Job(request.root, argv, environment, layout.ranks, lock), request.config.supervision, say)
 
 
 def is_exported(root: Path) -> bool:

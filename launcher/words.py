@@ -18,6 +18,7 @@ _HEADLINES = {
     "halted": "The guard halted the run",
     "crashed": "The run crashed",
     "refused": "The run was refused",
+    "superseded": "Another start of the run goes on with it",
 }
 
 

@@ -112,7 +112,8 @@ def open_heartbeat(rank: int | str) -> Heartbeat:
         try:
             return SharedHeartbeat(Path(folder), int(rank))
         except OSError as error:
-            print(f"rank {rank}: nobody will see it hang: {folder}: {error.strerror}", file=sys.stderr, flush=True)
+            text = f"rank {rank}: the launcher will take it for hanging: {folder}: {error.strerror}"
+            print(text, file=sys.stderr, flush=True)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     return NoHeartbeat()
 

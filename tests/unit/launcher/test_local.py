@@ -86,7 +86,7 @@ def python(code: str) -> list[str]:
 )
 def test_exit_code_is_what_a_shell_gives(code: str, expected: int) -> None:
     with Driver(*python(code)) as driver:
-        assert driver.rest() == {"exit_code": expected, "stop_requested": None, "killed": False}
+        assert driver.rest() == {"exit_code": expected, "stop_requested": None, "killed": False, "alarm": None}
 
 
 def test_a_command_that_is_not_there() -> None:
@@ -110,7 +110,7 @@ def test_one_request_is_passed_on_once_and_leaves_time_to_save(number: signal.Si
         ended = driver.rest()
     passed = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
     assert f"got: {int(passed)} pending: 0" in driver.lines
-    assert ended == {"exit_code": 75, "stop_requested": int(number), "killed": False}
+    assert ended == {"exit_code": 75, "stop_requested": int(number), "killed": False, "alarm": None}
 
 
 def test_a_second_request_kills_what_does_not_end() -> None:
@@ -121,7 +121,7 @@ def test_a_second_request_kills_what_does_not_end() -> None:
         driver.until("said: Ctrl-C")
         os.kill(driver.process.pid, signal.SIGINT)
         ended = driver.rest()
-    assert ended == {"exit_code": 137, "stop_requested": int(signal.SIGINT), "killed": True}
+    assert ended == {"exit_code": 137, "stop_requested": int(signal.SIGINT), "killed": True, "alarm": None}
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -133,7 +133,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         os.kill(driver.process.pid, signal.SIGHUP)
         assert driver.process.stdin is not None
         driver.process.stdin.close()
-        assert driver.rest() == {"exit_code": 4, "stop_requested": None, "killed": False}
+        assert driver.rest() == {"exit_code": 4, "stop_requested": None, "killed": False, "alarm": None}
 
 
 def test_an_orphan_of_the_command_is_ended_with_it() -> None:
@@ -149,7 +149,7 @@ def test_an_orphan_of_the_command_is_ended_with_it() -> None:
     with Driver(*python(code)) as driver:
         [orphan_id] = driver.until("ready:")
         ended = driver.rest()
-    assert ended == {"exit_code": 0, "stop_requested": None, "killed": True}
+    assert ended == {"exit_code": 0, "stop_requested": None, "killed": True, "alarm": None}
     assert not Path(f"/proc/{orphan_id}").exists()
 
 
@@ -187,7 +187,7 @@ def test_accelerate_ranks_save_when_asked_and_nothing_remains(tmp_path: Path) ->
         os.kill(driver.process.pid, signal.SIGINT)
         ended = driver.rest()
     assert sorted(line for line in driver.lines if line.startswith("saved:")) == ["saved: 0", "saved: 1"]
-    assert ended == {"exit_code": 0, "stop_requested": int(signal.SIGINT), "killed": False}
+    assert ended == {"exit_code": 0, "stop_requested": int(signal.SIGINT), "killed": False, "alarm": None}
 
 
 def test_accelerate_ranks_save_when_the_launcher_is_killed(tmp_path: Path) -> None:
