@@ -9,46 +9,91 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.resolve import Device, Precision, choose_device, choose_precision
 from trainer.config.schema import RunConfig
-from trainer.errors import SUPERVISED, ExitCode, LaunchError, RunDirectoryError, RunHaltedError, TrimtabError
+from trainer.errors import (
+    SUPERVISED,
+    ExitCode,
+    LaunchError,
+    RunDirectoryError,
+    RunHaltedError,
+    SupersededError,
+    TrimtabError,
+)
+from trainer.heartbeat import Heartbeat, die_with_parent, open_heartbeat, watch_yourself
 from trainer.records import Outcome
+from trainer.starts import RunFence, begin
 from trainer.stop import StopRequest
+
+if TYPE_CHECKING:
+    from trainer.engine.ranks import Ranks
+
+
+@dataclass(slots=True)
+class Place:
+    """This rank in the run, as far as it has got."""
+
+    files: RunFiles
+    rank: str
+    stop: StopRequest
+    heartbeat: Heartbeat
+    fence: RunFence | None = None
+    """None: the start has no number yet."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run this rank of RUN to its end; the exit code of the process."""
+    die_with_parent()
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if len(arguments) != 1:
         print("name a run directory: accelerate launch … -m trainer RUN", file=sys.stderr)
         return ExitCode.USAGE
-    stop = StopRequest().listen()
-    files = RunFiles(Path(arguments[0]).absolute())
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    place = Place(RunFiles(Path(arguments[0]).absolute()), rank, StopRequest().listen(), open_heartbeat(rank))
     try:
-        return _start(files, stop)
-    except TrimtabError as error:
-        reason = "halted" if isinstance(error, RunHaltedError) else "refused"
-        if error.exit_code == ExitCode.CRASHED:
-            reason = "crashed"
-        first = note_end(files, Outcome(reason, error.exit_code, str(error), 0, 0, newest_checkpoint(files)))
-        if first or (rank == "0" and not files.outcome.exists()):
-            print(error, file=sys.stderr, flush=True)
-        return orderly(error.exit_code) if reason == "halted" else error.exit_code
-    except Exception as error:  # noqa: BLE001 - the outcome must say why, whatever it was
-        text = f"rank {rank}: {type(error).__name__}: {error}"
-        note_end(files, Outcome("crashed", ExitCode.CRASHED, text, 0, 0, newest_checkpoint(files)))
-        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        try:
+            return _start(place)
+        except Exception as error:  # noqa: BLE001 - the outcome must say why, whatever it was
+            return _end(place, error)
+    except SupersededError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _end(place: Place, error: Exception) -> int:
+    """Say and note why this rank failed; its exit code.
+
+    Raises:
+        SupersededError: the run is a newer start's by now, whatever the error was.
+    """
+    files = place.files
+    if isinstance(error, SupersededError):
+        raise error
+    if not isinstance(error, TrimtabError):
+        text = f"rank {place.rank}: {type(error).__name__}: {error}"
+        outcome = Outcome("crashed", ExitCode.CRASHED, text, 0, 0, newest_checkpoint(files))
+        note_end(files, outcome, place.fence)
+        print(f"rank {place.rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
         return ExitCode.CRASHED
+    reason = "halted" if isinstance(error, RunHaltedError) else "refused"
+    if error.exit_code == ExitCode.CRASHED:
+        reason = "crashed"
+    outcome = Outcome(reason, error.exit_code, str(error), 0, 0, newest_checkpoint(files))
+    first = note_end(files, outcome, place.fence)
+    if first or (place.rank == "0" and not files.outcome.exists()):
+        print(error, file=sys.stderr, flush=True)
+    return orderly(error.exit_code) if reason == "halted" else error.exit_code
 
 
-def _start(files: RunFiles, stop: StopRequest) -> int:
+def _start(place: Place) -> int:
     quieten()
+    files = place.files
     config = read_run_config(files.root)
     device, precision = settle(config)
     from trainer.engine.ranks import join, leave
@@ -68,24 +113,52 @@ def _start(files: RunFiles, stop: StopRequest) -> int:
     import torch.distributed as dist
 
     dist.barrier()
+    heartbeat = watch_yourself(place.heartbeat, config.supervision.hang_seconds, files.root / "hangs", ranks.rank)
     prepared, facts = open_run(files, config)
-    stage = Pretraining(
-        Setting(files, config, ranks, device, precision, prepared, facts, stop), parse_faults(config.faults)
-    )
+    faults = parse_faults(config.faults)
+    # not before: a start that was refused must not end one that is alive
+    fence = place.fence = take_over(files, ranks)
+    place.stop.when(lambda: fence.noticed)
+    setting = Setting(files, config, ranks, device, precision, prepared, facts, place.stop, fence, heartbeat)
+    stage = Pretraining(setting, faults)
     try:
         ending = stage.run()
     except BaseException as error:
         outcome = stage.outcome_of(error)
-        note_end(files, outcome)
+        with contextlib.suppress(SupersededError):
+            note_end(files, outcome, fence)
         stage.telemetry.close(outcome)
         raise
     outcome = stage.outcome(ending)
     if missing := stage.telemetry.close(outcome):
         raise RunDirectoryError(f"{files.ledger} lacks records of this run: {missing}; free space on its disk")
     if ranks.is_first:
-        note_end(files, outcome)
+        note_end(files, outcome, fence)
     leave()
     return orderly(outcome.exit_code)
+
+
+def take_over(files: RunFiles, ranks: Ranks) -> RunFence:
+    """Begin a start of the run: rank 0 takes the next number and tells it to all. A collective.
+
+    Raises:
+        RunDirectoryError: on all ranks; rank 0 could not.
+    """
+    import torch.distributed as dist
+
+    from trainer.telemetry.ledger import last_start
+
+    box: list[tuple[int, str] | str] = [""]
+    if ranks.is_first:
+        try:
+            begun = begin(files, after=last_start(files.ledger))
+            box = [(begun.number, begun.run)]
+        except RunDirectoryError as error:
+            box = [str(error)]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], str):
+        raise RunDirectoryError(box[0])
+    return RunFence(files, *box[0])
 
 
 def orderly(exit_code: int) -> int:
@@ -123,21 +196,43 @@ def set_threads(files: RunFiles, config: RunConfig) -> None:
         torch.set_num_threads(threads)
 
 
-def note_end(files: RunFiles, outcome: Outcome) -> bool:
-    """Write `outcome.json` unless this start already has one: the first rank to fail knows best.
+def note_end(files: RunFiles, outcome: Outcome, fence: RunFence | None = None) -> bool:
+    """Write `outcome.json` unless this start already has one: the first rank to fail knows best. What an older start
+    left there is replaced.
+
+    Args:
+        fence: of this start; None: it has no number yet.
 
     Returns:
         Whether it was written.
+
+    Raises:
+        SupersededError: the outcome of the run is a newer start's.
     """
     partial = files.root / f".outcome.{os.getpid()}"
     try:
+        if fence is not None:
+            fence.check()
+            outcome = replace(outcome, start=fence.number)
         partial.write_text(json.dumps(asdict(outcome), indent=1))
-        os.link(partial, files.outcome)
+        try:
+            os.link(partial, files.outcome)
+        except FileExistsError:
+            if _start_that_noted(files.outcome) >= outcome.start:
+                return False
+            partial.replace(files.outcome)
     except OSError:
         return False
     finally:
         partial.unlink(missing_ok=True)
     return True
+
+
+def _start_that_noted(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text())["start"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def newest_checkpoint(files: RunFiles) -> str | None:

@@ -66,6 +66,14 @@ class Fence(Protocol):
     def admits(self, start: int, step: int) -> bool:
         """Whether a checkpoint that `start` wrote at `step` belongs to the history that this start goes on with."""
 
+    def resumed(self, start: int, step: int) -> None:
+        """Note, once, which checkpoint that was: before this start writes one itself. For rank 0 only.
+
+        Raises:
+            SupersededError: a newer start has taken over.
+            RunDirectoryError: it cannot be written.
+        """
+
 
 class NoFence:
     """Of a run that nobody else can start: tests, drills, benchmarks."""
@@ -80,6 +88,9 @@ class NoFence:
 
     def admits(self, start: int, step: int) -> bool:  # noqa: ARG002
         return True
+
+    def resumed(self, start: int, step: int) -> None:
+        pass
 
 
 NO_FENCE = NoFence()
