@@ -58,7 +58,7 @@ def interrupted(rank: int, world_size: int, config: RunConfig, folder: Path) -> 
         whole.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**10
     losses = advance(whole, config, rank, world_size, 0, 3)
     store = store_of(whole, folder, rank, world_size)
-    store.save(read_state(whole), lambda: manifest(whole, config, 3, world_size))
+    store.save(read_state(whole), manifest(whole, config, 3, world_size))
     losses += advance(whole, config, rank, world_size, 3, 6)
     expected = weights(whole)
 
@@ -69,7 +69,7 @@ def interrupted(rank: int, world_size: int, config: RunConfig, folder: Path) -> 
     write_state(fresh, tensors, numbers)
     resumed = advance(fresh, config, rank, world_size, read.step, 6)
     assert fresh.loss_scale == whole.loss_scale
-    store.save(read_state(fresh), lambda: manifest(fresh, config, 6, world_size))
+    store.save(read_state(fresh), manifest(fresh, config, 6, world_size))
     return expected, weights(fresh), losses[3:], resumed
 
 
@@ -100,8 +100,9 @@ def save_steps(rank: int, world_size: int, config: RunConfig, folder: Path, step
     engine = make_engine(config, rank, world_size)
     advance(engine, config, rank, world_size, 0, 1)
     store = store_of(engine, folder, rank, world_size)
+    store.clean()
     for step in steps:
-        store.save(read_state(engine), lambda step=step: manifest(engine, config, step, world_size))
+        store.save(read_state(engine), manifest(engine, config, step, world_size))
 
 
 def load(rank: int, world_size: int, folder: Path, replicated: bool) -> str:
@@ -140,7 +141,7 @@ def test_a_damaged_shard_is_named_on_every_rank(two_ranks: RankPool, tmp_path: P
 
 def test_an_unfinished_checkpoint_is_not_one(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks(save_steps, config=make_config(), folder=tmp_path, steps=[1])
-    left_over = tmp_path / "step-00000002.partial"
+    left_over = tmp_path / "step-00000002.partial-0000"
     left_over.mkdir()
     (left_over / "rank-00000.safetensors").write_bytes(b"torn")
     (tmp_path / "step-00000003").mkdir()

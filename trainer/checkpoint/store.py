@@ -1,204 +1,349 @@
 """Write, commit, find and read checkpoints. Sharded: each rank writes and reads its own files, rank 0 commits.
 
-A checkpoint is written under a temporary name and renamed when every rank's files are on disk, so a directory
-`step-NNNNNNNN` is whole or does not exist. Only tensors (safetensors) and plain JSON: loading runs no code.
+A checkpoint is written in a thread under a temporary name and renamed when every rank's files are on disk, so a
+directory `step-NNNNNNNN` is whole or does not exist. Only tensors (safetensors) and plain JSON: loading runs no code.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from trainer.checkpoint.manifest import MANIFEST, Manifest, check_file, entry_of, name_of, read_manifest, step_of
-from trainer.errors import CheckpointError
+from trainer.checkpoint.elastic import Shape, refuse_unconvertible, reshard
+from trainer.checkpoint.folder import Folder, Say
+from trainer.checkpoint.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_file,
+    check_listing,
+    committed_steps,
+    encode_manifest,
+    name_of,
+    read_manifest,
+    shard_files,
+)
+from trainer.checkpoint.shard import Moment, State, halves, nothing, read_shard, sync_directory, write_file, write_shard
+from trainer.checkpoint.writer import Failed, Writer
+from trainer.errors import CheckpointError, DamagedError, SupersededError, TrimtabError
+from trainer.records import Saved
+from trainer.starts import NO_FENCE, Fence
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and the plain numbers that go with them."""
+__all__ = ["CheckpointStore", "Failed", "Moment", "Saved", "State", "committed_steps", "name_of", "shard_files"]
 
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A committed checkpoint."""
-
-    name: str
-    num_bytes: int
+_PATIENCE_SECONDS = 3.0
+"""In which a file that another node wrote may still appear."""
+_MESSAGE_TIMEOUT = timedelta(hours=4)
+"""A rank waits for the slowest one's disk; that a rank hangs is noticed elsewhere."""
 
 
 class CheckpointStore:
-    """The `checkpoints` folder of a run, seen by one rank.
+    """The `checkpoints` folder of a run, seen by one rank. Making it is a collective.
 
     Args:
         folder: the run's `checkpoints` directory, on a file system that all ranks share.
-        keep: newest checkpoints that stay.
         replicated: every rank holds the same state (ZeRO 0): rank 0 writes it, all read it.
+        keep: rolling checkpoints that stay.
+        keep_every: steps between checkpoints that stay for good.
+        fence: keeps what a superseded start writes out of the run.
+        moment: called while a checkpoint is written, in the thread that does.
+        say: told what a person must hear (level, text); on rank 0 only, from any thread.
     """
 
-    def __init__(self, folder: Path, *, rank: int, world_size: int, keep: int, replicated: bool):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        replicated: bool,
+        keep: int,
+        keep_every: int | None = None,
+        fence: Fence = NO_FENCE,
+        moment: Moment = nothing,
+        say: Say = nothing,
+    ):
         self.folder = folder
         self._rank = rank
         self._world_size = world_size
-        self._keep = keep
+        self._replicated = replicated
         self._shard = 0 if replicated else rank
+        self._fence = fence
+        self._moment = moment
+        self._say: Say = say if rank == 0 else nothing
+        self._directories = Folder(folder, self._fence, keep=keep, keep_every=keep_every, say=self._say)
+        self._writer = Writer("checkpoint")
+        self._writing: Path | None = None
+        # the threads talk beside the training: in a group of their own nothing gets out of order
+        self._group = dist.new_group(backend="gloo", timeout=_MESSAGE_TIMEOUT) if world_size > 1 else None
 
-    def save(self, state: State, describe: Callable[[], Manifest]) -> Saved:
-        """Write this rank's state and commit it with all others'. A collective.
+    @property
+    def in_flight(self) -> bool:
+        """From :meth:`begin` until :meth:`poll` or :meth:`drain` has given the result."""
+        return self._writer.in_flight
+
+    @property
+    def progress(self) -> int:
+        """Bytes that this rank has written so far."""
+        return self._writer.progress
+
+    def begin(
+        self, state: State | Callable[[], State], manifest: Manifest, *, release: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin to write this rank's state, in a thread, to be committed with all others'. All ranks do.
 
         Args:
-            state: what `engine.state.read_state` gives.
-            describe: the manifest without its files; called on rank 0 only.
+            state: what `engine.state.read_state` gives, or a function that gives it, called in the thread. The tensors
+                must not change before `release`.
+            manifest: without run, start and files.
+            release: called, from the thread, as soon as this rank's bytes are written or that has failed.
+        """
+        manifest = manifest.model_copy(update={"run": self._fence.run, "start": self._fence.number})
+        self._writing = self._directories.partial(manifest.step)
+        self._writer.begin(manifest.step, lambda: self._work(state, manifest, release))
+
+    def poll(self) -> Saved | Failed | None:
+        """The result of a write that has ended, once; never waits. Ranks get it at different times."""
+        return self._writer.poll()
+
+    def drain(self, beat: Callable[[], None] = lambda: None) -> Saved | Failed | None:
+        """Wait for the write in flight; the result is the same on all ranks. None: it was taken already.
+
+        Args:
+            beat: called while some rank still writes.
+
+        Raises:
+            SupersededError: on all ranks; a newer start has taken over.
+        """
+        return self._writer.drain(beat, self._seen)
+
+    def save(self, state: State, manifest: Manifest) -> Saved:
+        """Write and commit while the caller waits. A collective.
 
         Raises:
             CheckpointError: on all ranks when one of them could not write; nothing is left behind.
+            SupersededError: on all ranks; a newer start has taken over.
         """
-        manifest = describe() if self._rank == 0 else None
-        name = _from_first(name_of(manifest.step) if manifest else "")
-        partial = self.folder / f"{name}.partial"
-        error: str | None = None
-        if self._rank == 0:
-            error = _attempt(lambda: _fresh(partial))
-        self._raise_together(error, partial)
-        entries = []
-        if self._shard == self._rank:
-            error = _attempt(lambda: entries.extend(self._write(partial, state)))
-        gathered: list[Any] = [None] * self._world_size
-        dist.all_gather_object(gathered, (error, entries))
-        self._raise_together(next((text for text, _ in gathered if text), None), partial)
-        files = tuple(entry for _, listed in gathered for entry in listed)
-        if manifest is not None:
-            complete = manifest.model_copy(update={"files": files})
-            error = _attempt(lambda: self._commit(partial, name, complete))
-        self._raise_together(error, partial)
-        return Saved(name, sum(entry.num_bytes for entry in files))
+        self.begin(state, manifest)
+        result = self.drain()
+        if isinstance(result, Failed):
+            raise CheckpointError(result.reason)
+        assert result is not None
+        return result
 
-    def newest(self) -> Path | None:
-        """The newest committed checkpoint: chosen by rank 0, the same on all ranks. A collective."""
-        found = None
-        if self._rank == 0:
-            steps = committed_steps(self.folder)
-            found = name_of(steps[-1]) if steps else None
-        name = _from_first(found)
+    def newest(self, at_most: int | None = None) -> Path | None:
+        """The newest committed checkpoint of this run's history, of at most a step; chosen by rank 0. A collective."""
+        found: list[str | None] = [None]
+
+        def choose() -> None:
+            if self._rank == 0:
+                path = self._directories.newest(at_most)
+                found[0] = path.name if path else None
+
+        name = next(iter(self._together(choose, lambda: found[0])))
         return self.folder / name if name else None
 
-    def load(self, directory: Path) -> tuple[Manifest, State]:
-        """Verify and read this rank's part. A collective: an error of one rank is raised on all.
+    def load(
+        self, directory: Path, shape: Shape | None = None, *, beat: Callable[[], None] = lambda: None
+    ) -> tuple[Manifest, State]:
+        """Verify all files and read this rank's part, converted where it was written in another shape. A collective.
+
+        Args:
+            shape: what this rank's part must look like; None: as it was written.
+            beat: called after every chunk.
 
         Raises:
-            CheckpointError: damaged, or from another number of ranks.
+            DamagedError: on all ranks; names file and rank, what was expected and what was found.
+            CheckpointError: on all ranks; it cannot be read or converted.
         """
-        result: list[tuple[Manifest, State]] = []
-        error = _attempt(lambda: result.append(self._read(directory)))
-        gathered: list[Any] = [None] * self._world_size
-        dist.all_gather_object(gathered, error)
-        for text in gathered:
-            if text:
-                raise CheckpointError(text)
-        return result[0]
+        text: list[str] = []
 
-    def _write(self, partial: Path, state: State) -> list[Any]:
-        tensors, numbers = state
-        tensor_file, number_file = (partial / name for name in _names(self._shard))
-        # safetensors refuses tensors that share memory or are not contiguous; flat partitions are neither
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, tensor_file)
-        number_file.write_text(json.dumps(numbers))
-        for path in (tensor_file, number_file):
-            _sync(path)
-        return [entry_of(tensor_file), entry_of(number_file)]
-
-    def _commit(self, partial: Path, name: str, manifest: Manifest) -> None:
-        path = partial / MANIFEST
-        path.write_text(manifest.model_dump_json(indent=1))
-        _sync(path)
-        _sync(partial)
-        target = self.folder / name
-        replaced = self.folder / f"{name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            # the same step again, after a resume from an earlier one
-            target.rename(replaced)
-        partial.rename(target)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for step in committed_steps(self.folder)[: -self._keep]:
-            shutil.rmtree(self.folder / name_of(step))
-
-    def _read(self, directory: Path) -> tuple[Manifest, State]:
-        manifest = read_manifest(directory)
-        if manifest.world_size != self._world_size:
-            raise CheckpointError(
-                f"{directory} was written by {manifest.world_size} ranks and this start has {self._world_size}; "
-                f"start {manifest.world_size} ranks"
-            )
-        entries = {entry.name: entry for entry in manifest.files}
-        for name in _names(self._shard):
-            if name not in entries:
-                raise CheckpointError(f"{directory / MANIFEST} does not list {name}; the checkpoint is damaged")
-            check_file(directory, entries[name])
-        tensor_file, number_file = (directory / name for name in _names(self._shard))
-        return manifest, (load_file(tensor_file), json.loads(number_file.read_text()))
-
-    def _raise_together(self, error: str | None, partial: Path) -> None:
-        """Raise rank 0's verdict on all ranks, after removing what was begun."""
-        text = _from_first(error)
-        if text:
+        def look() -> None:
             if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(text)
+                manifest = read_manifest(directory)
+                check_listing(directory, manifest)
+                text.append(manifest.model_dump_json())
+
+        manifest = Manifest.model_validate_json(self._together(look, lambda: text[0] if text else "")[0])
+        result: list[State] = []
+        self._together(lambda: result.extend(self._checked(directory, manifest, shape, beat)))
+        # only what all ranks have found whole is converted
+        self._together(lambda: result.extend(_converted(directory, manifest, shape) if not result else ()))
+        return manifest, result[0]
+
+    def load_newest(
+        self, shape: Shape | None = None, at_most: int | None = None, *, beat: Callable[[], None] = lambda: None
+    ) -> tuple[Path, Manifest, State] | None:
+        """The newest whole checkpoint of this run's history; damaged ones are said and put aside. A collective.
+
+        Raises:
+            CheckpointError: on all ranks; the newest whole one cannot be read or converted.
+            SupersededError: on all ranks; a newer start has taken over.
+        """
+        while (directory := self.newest(at_most)) is not None:
+            try:
+                manifest, state = self.load(directory, shape, beat=beat)
+            except DamagedError as error:
+                reason = str(error)
+            else:
+                return directory, manifest, state
+            self._on_first(lambda: self._directories.quarantine(directory, reason))  # noqa: B023 - called at once
+        return None
+
+    def abandon_after(self, step: int) -> None:
+        """Checkpoints of later steps are of a history that was rolled back. Nothing may be in flight."""
+        assert not self.in_flight, "drain before going back"
+        if self._rank == 0:
+            self._directories.abandon_after(step)
+
+    def mark_healthy(self, step: int) -> None:
+        """The steps after the checkpoint of `step`, committed or in flight, were clean."""
+        if self._rank == 0:
+            self._directories.mark_healthy(step)
+
+    def clean(self) -> None:
+        """Remove what older starts have left unfinished; once this start has its number."""
+        if self._rank == 0:
+            self._directories.clean()
+
+    def close(self) -> None:
+        """A write that is in flight is given up."""
+        self._writer.close()
+
+    def _work(
+        self, state: State | Callable[[], State], manifest: Manifest, release: Callable[[], None]
+    ) -> Saved | Failed:
+        """In the thread: write, agree, commit, agree."""
+        began = time.perf_counter()
+        step, partial = manifest.step, self._directories.partial(manifest.step)
+        entries: list[FileEntry] = []
+        releasing = ExitStack()
+        releasing.callback(release)
+        try:
+            with releasing:
+                self._on_first(lambda: self._directories.prepare(step), self._group)
+                listed = self._together(
+                    lambda: entries.extend(self._write(partial, state)), lambda: entries, self._group, releasing.close
+                )
+            complete = manifest.model_copy(update={"files": tuple(entry for part in listed for entry in part)})
+            self._on_first(lambda: self._commit(partial, complete), self._group)
+        except TrimtabError as error:
+            superseded = isinstance(error, SupersededError)
+            if self._rank == 0:
+                with suppress(OSError):
+                    self._directories.remove(partial)
+            return Failed(step, f"the checkpoint of step {step} could not be written: {error}", superseded)
+        if self._rank == 0:
+            self._directories.tidy()
+        return Saved(step, name_of(step), complete.num_bytes, time.perf_counter() - began)
+
+    def _write(self, partial: Path, state: State | Callable[[], State]) -> list[FileEntry]:
+        if self._shard != self._rank:
+            return []
+        # rank 0 has made it; another node's file system may not know that yet, but does once it is asked to make it
+        partial.mkdir(exist_ok=True)
+        self._moment("begin", partial)
+        value = state() if callable(state) else state
+        return write_shard(partial, self._shard, value, moment=self._moment, count=self._writer.count)
+
+    def _commit(self, partial: Path, manifest: Manifest) -> None:
+        content = halves(encode_manifest(manifest))
+        write_file(partial / MANIFEST, content, moment=self._moment, count=self._writer.count)
+        sync_directory(partial)
+        directory = self._directories.commit(manifest, lambda path: self._moment("commit", path))
+        self._moment("committed", directory)
+
+    def _checked(
+        self, directory: Path, manifest: Manifest, shape: Shape | None, beat: Callable[[], None]
+    ) -> list[State]:
+        """Compare this rank's share of the files; its part of the state, if that needs no conversion."""
+        alike = self._replicated if manifest.stage == 0 else manifest.world_size == self._world_size
+        if shape is not None:
+            refuse_unconvertible(manifest, shape)
+            alike = alike and shape.stage == manifest.stage
+        elif not alike:
+            raise CheckpointError(
+                f"{directory} was written by {manifest.world_size} ranks in ZeRO {manifest.stage} and this start has "
+                f"{self._world_size}; start as many, in the same stage"
+            )
+        if not alike:
+            for entry in manifest.files[self._rank :: self._world_size]:
+                check_file(directory, entry, _PATIENCE_SECONDS, beat)
+            return []
+        state = read_shard(directory, manifest.files, self._shard, patience=_PATIENCE_SECONDS, beat=beat)
+        if shape is not None and state[1].get("fragments") != list(shape.fragments):
+            return []
+        return [state]
+
+    def _seen(self) -> int:
+        """Bytes of the checkpoint in flight, of all ranks."""
+        total = self.progress
+        if self._writing is not None:
+            with suppress(OSError):
+                total += sum(path.stat().st_size for path in self._writing.iterdir())
+        return total
+
+    def _on_first(self, action: Callable[[], None], group: Any = None) -> None:
+        """Do something on rank 0; its error is raised on all."""
+        self._together(action if self._rank == 0 else lambda: None, group=group)
+
+    def _together(
+        self,
+        action: Callable[[], None],
+        result: Callable[[], Any] = lambda: None,
+        group: Any = None,
+        done: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """Do something on every rank; when one fails, the same error is raised on all.
+
+        Args:
+            result: what each rank tells the others afterwards.
+            group: whose messages are used.
+            done: called before waiting for the others.
+
+        Returns:
+            The results of all ranks.
+        """
+        error = self._attempt(action)
+        done()
+        told = (error, None if error else result())
+        gathered: list[Any] = [told]
+        if self._world_size > 1:
+            gathered = [None] * self._world_size
+            dist.all_gather_object(gathered, told, group=group)
+        errors = [error for error, _ in gathered if error is not None]
+        if errors:
+            raise _worst(errors)
+        return [value for _, value in gathered]
+
+    def _attempt(self, action: Callable[[], None]) -> TrimtabError | None:
+        """The error of an action, so that it can be told to all ranks."""
+        try:
+            action()
+        except TrimtabError as error:
+            return error
+        except OSError as error:
+            return CheckpointError(f"rank {self._rank}: {error}")
+        except Exception as error:  # noqa: BLE001 - the other ranks would wait for ever
+            return CheckpointError(f"rank {self._rank}: {type(error).__name__}: {error}")
+        return None
 
 
-def committed_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    steps = (step_of(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
-    return sorted(step for step in steps if step is not None)
+def _converted(directory: Path, manifest: Manifest, shape: Shape | None) -> list[State]:
+    assert shape is not None
+    return [reshard(directory, manifest, shape)]
 
 
-def shard_files(directory: Path, manifest: Manifest) -> list[tuple[Path, Path]]:
-    """(tensors, numbers) of every rank's shard, in the order of the ranks."""
-    num_shards = 1 if manifest.stage == 0 else manifest.world_size
-    return [(directory / tensors, directory / numbers) for tensors, numbers in map(_names, range(num_shards))]
-
-
-def _names(rank: int) -> tuple[str, str]:
-    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
-
-
-def _fresh(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-
-
-def _attempt(action: Callable[[], Any]) -> str | None:
-    """The sentence of what went wrong, so that it can be told to all ranks."""
-    try:
-        action()
-    except CheckpointError as error:
-        return str(error)
-    except (OSError, SafetensorError) as error:
-        return f"the checkpoint could not be written or read: {error}"
-    return None
-
-
-def _from_first(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _worst(errors: list[TrimtabError]) -> TrimtabError:
+    """One error for what went wrong on several ranks: what an older checkpoint cannot mend comes first."""
+    for kind in (SupersededError, TrimtabError):
+        for error in errors:
+            if isinstance(error, kind) and not isinstance(error, DamagedError):
+                return error
+    return DamagedError("; ".join(dict.fromkeys(map(str, errors))))
