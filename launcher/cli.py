@@ -163,14 +163,19 @@ def export(
         str | None, typer.Option(metavar="NAME", help="A checkpoint of the run. Default: the newest.")
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Default: RUN/export.")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16. Default: as it was trained.")
+    ] = None,
+    average: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Average the last N healthy checkpoints.")
+    ] = None,
 ) -> None:
     """Write weights and tokenizer as `from_pretrained` loads them."""
     from launcher import start
     from trainer.config.load import read_run_config
 
     read_run_config(run)
-    given = (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype))
+    given = (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype), ("--average", average))
     raise typer.Exit(start.export(run.absolute(), [f"{name}={value}" for name, value in given if value is not None]))
 
 
@@ -189,13 +194,17 @@ def drill(
     ranks: RanksOption = None,
     stage: Annotated[int | None, typer.Option(min=0, max=3, metavar="Z", help="ZeRO stage (zero.stage).")] = None,
 ) -> None:
-    """Put faults into a short run of this config, one after the other, and show how each ends."""
+    """Put faults into a short run of this config, one after the other, and show how each ends.
+
+    Those that kill, stop or starve processes take about half a minute each, in runs of their own.
+    """
     from launcher import drill as drills
 
     chosen = [*(overrides or ()), *(() if stage is None else (f"zero.stage={stage}",))]
     chosen += [] if ranks is None else [f"cluster.ranks_per_node={ranks}"]
     report = drills.drill(config, chosen, faults or (), steps, before, _say)
-    _console().print(drills.table(report))
+    for part in drills.parts(report):
+        _console().print(drills.table(part))
     for line in drills.closing(report):
         print(line, flush=True)
     raise typer.Exit(0 if drills.passed(report) else 1)

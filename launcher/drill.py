@@ -1,18 +1,22 @@
-"""`trimtab drill`: a short run of a config, once clean and once with each fault, and a table of what happened."""
+"""`trimtab drill`: a short run of a config, once clean and once with each fault, and tables of what happened.
+
+Faults that the processes survive are put into one launch (`trainer.drill`); the others, into runs of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import accelerate, local, start
+from launcher import accelerate, local, process_drill, start
 from launcher.run_directory import run_path, write_atomically
 from trainer.config.resolve import arithmetic
 from trainer.errors import SUPERVISED, ConfigError, ExitCode
-from trainer.faults.catalogue import MIN_STEPS, REPORT, REQUEST, catalogue, choose
+from trainer.faults.catalogue import MIN_STEPS, REPORT, REQUEST, Exercise, catalogue, choose, process_catalogue
+from trainer.faults.sentence import Kind
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,19 +75,40 @@ def drill(
     request = start.read_request(source, overrides)
     config = drill_config(request.config, steps, before)
     ranks = config.cluster.nodes * config.cluster.ranks_per_node
-    chosen = choose(catalogue(steps, ranks, config.zero.stage, before), wanted)
+    stage = config.zero.stage
+    chosen = choose((*catalogue(steps, ranks, stage, before), *process_catalogue(steps, ranks)), wanted)
+    inside = [each for each in chosen if not each.of_processes]
+    outside = _possible([each for each in chosen if each.of_processes], request.config, say)
     for warning in request.warnings:
         say(f"warning: {warning}")
     start.require_startable(config)
     root = run_path(config)
+    report: dict[str, Any] = {}
     with start.entered(start.Request(config, root, ()), False, say) as lock:
-        plan = start.make_ready(start.Request(config, root, ()), lock, say)
         (root / REPORT).unlink(missing_ok=True)
-        asked = {"faults": list(wanted), "steps": steps, "before": before}
-        write_atomically(root / REQUEST, json.dumps(asked, ensure_ascii=False))
-        say(f"{before} steps, then {steps} steps once clean and {len(chosen)} times with a fault; {root}")
-        _run(config, plan, root, lock, say)
-    return {"root": str(root), **json.loads((root / REPORT).read_text(encoding="utf-8"))}
+        if inside:
+            plan = start.make_ready(start.Request(config, root, ()), lock, say)
+            asked = {"faults": [each.name for each in inside], "steps": steps, "before": before}
+            write_atomically(root / REQUEST, json.dumps(asked, ensure_ascii=False))
+            say(f"{before} steps, then {steps} steps once clean and {len(inside)} times with a fault; {root}")
+            _run(config, plan, root, lock, say)
+            report = json.loads((root / REPORT).read_text(encoding="utf-8"))
+        if outside:
+            short = drill_config(request.config, steps, 0)
+            own = process_drill.process_config(short, steps, root / process_drill.FOLDER)
+            report["processes"] = process_drill.drill_processes(own, outside, steps, root, say)
+        write_atomically(root / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
+    return {"root": str(root), **report}
+
+
+def _possible(exercises: Sequence[Exercise], config: RunConfig, say: start.Say) -> list[Exercise]:
+    """Those that `trimtab run` can end well with this config; the others are said."""
+    if config.supervision.hang_seconds is not None:
+        return list(exercises)
+    left = [each for each in exercises if Kind.STOP not in each.fault.kinds]
+    if len(left) < len(exercises):
+        say("a rank that is stopped would never be noticed (supervision.hang_seconds is off): left out")
+    return left
 
 
 def _run(config: RunConfig, plan: Plan, root: Path, lock: int | None, say: start.Say) -> None:
@@ -103,18 +128,29 @@ def _run(config: RunConfig, plan: Plan, root: Path, lock: int | None, say: start
         raise SystemExit(ended.exit_code or ExitCode.CRASHED)
 
 
+def parts(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a drill did in one launch, and what it did in runs of their own: what is there of it."""
+    if "results" in report:
+        yield report
+    if "processes" in report:
+        yield report["processes"]
+
+
 def passed(report: dict[str, Any]) -> bool:
-    """Whether every fault was recovered, or halted as it should, and nothing was done to the clean run."""
-    return not report["clean"]["alarms"] and all(result["passed"] for result in report["results"])
+    """Whether every fault was recovered, or ended as it should, and nothing was done to the clean run."""
+    return all(
+        not part["clean"]["alarms"] and all(each["passed"] for each in part["results"]) for part in parts(report)
+    )
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Fault × outcome."""
+    """Fault × outcome, of one of the :func:`parts`."""
     from rich.table import Table
 
     clean = report["clean"]
     ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']} ranks"
-    place = f"{report['steps']} steps after {report['before']}, ZeRO {report['stage']}, {ranks}"
+    after = f" after {report['before']}" if report["before"] else ""
+    place = f"{report['steps']} steps{after}, ZeRO {report['stage']}, {ranks}"
     title = f"{place}, held-out loss of the clean run {_number(clean['held_out_loss'], 4)}"
     result = Table(title=title, title_justify="left", title_style="")
     for heading in ("fault", "outcome"):
@@ -147,12 +183,13 @@ def _number(value: float | None, digits: int) -> str:
 
 def closing(report: dict[str, Any]) -> list[str]:
     """What failed, in sentences, and where more is told."""
-    lines = [f"the clean run raised an alarm: {alarm}" for alarm in report["clean"]["alarms"]]
-    for each in report["results"]:
+    results = [each for part in parts(report) for each in part["results"]]
+    lines = [f"the clean run raised an alarm: {alarm}" for part in parts(report) for alarm in part["clean"]["alarms"]]
+    for each in results:
         if not each["passed"]:
             lines.append(f"{each['name']} failed: {each['why']}")
             lines.append(f"  {each['sentence']}")
-    failed = sum(not each["passed"] for each in report["results"])
-    count = len(report["results"])
+    failed = sum(not each["passed"] for each in results)
+    count = len(results)
     lines.append(f"{count - failed} of {count} faults ended as they should; ledgers and incidents: {report['root']}")
     return lines
