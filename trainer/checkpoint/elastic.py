@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.checkpoint.layout import Flat, Layout, Number, Piece, covers, read_layout
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.slices import OpenFiles, shard_files
+from trainer.checkpoint.manifest import Manifest, shard_files
+from trainer.checkpoint.slices import OpenFiles
 from trainer.errors import CheckpointError
 
 State = tuple[dict[str, Tensor], dict[str, Any]]

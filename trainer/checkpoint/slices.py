@@ -18,7 +18,6 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from trainer.checkpoint.manifest import Manifest
 from trainer.errors import CheckpointError, DamagedError
 
 MAX_HEADER = 100_000_000
@@ -26,22 +25,6 @@ MAX_HEADER = 100_000_000
 CHUNK = 1 << 24
 """Bytes of one read."""
 _ITEM = 4
-
-
-def shard_files(directory: Path, manifest: Manifest) -> list[tuple[Path, Path]]:
-    """(tensors, numbers) of every shard, in the order of the ranks. ZeRO 0 has one: all ranks hold the same.
-
-    Raises:
-        CheckpointError: the manifest does not list one of them.
-    """
-    num_shards = 1 if manifest.stage == 0 else manifest.world_size
-    names = [(f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json") for rank in range(num_shards)]
-    listed = {entry.name for entry in manifest.files}
-    for pair in names:
-        for name in pair:
-            if name not in listed:
-                raise CheckpointError(f"the manifest of {directory} does not list {name}; use another checkpoint")
-    return [(directory / tensors, directory / numbers) for tensors, numbers in names]
 
 
 @dataclass(frozen=True, slots=True)

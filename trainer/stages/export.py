@@ -1,53 +1,104 @@
-"""A checkpoint as a model that `from_pretrained` loads: `python -m trainer.stages.export RUN [--checkpoint NAME] …`."""
+"""Checkpoints as a model that `from_pretrained` loads: `python -m trainer.stages.export RUN [--checkpoint NAME] …`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.assemble import whole_parameters
-from trainer.checkpoint.manifest import name_of
+from trainer.checkpoint.assemble import averaged_parameters, whole_parameters
+from trainer.checkpoint.manifest import is_healthy, name_of, read_manifest
 from trainer.checkpoint.store import committed_steps
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.errors import CheckpointError, ExitCode, TrimtabError
 from trainer.model.save import save_model
 from trainer.stages.prepare import open_run
+from trainer.starts import read_starts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_run(files: RunFiles, checkpoint: str | None, output: Path, dtype: torch.dtype) -> str:
-    """Write the weights of a committed checkpoint (None: the newest), one parameter at a time.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
 
-    Returns:
-        The checkpoint's name.
+    names: tuple[str, ...]
+    """Of the checkpoints; more than one: their average."""
+    dtype: str
+
+    def __str__(self) -> str:
+        if len(self.names) == 1:
+            return f"{self.names[0]} in {self.dtype}"
+        return f"the average of {len(self.names)} checkpoints ({', '.join(self.names)}) in {self.dtype}"
+
+
+def export_run(
+    files: RunFiles,
+    output: Path,
+    *,
+    checkpoint: str | None = None,
+    dtype: str | None = None,
+    average: int | None = None,
+) -> Exported:
+    """Write the weights of a committed checkpoint, or of the average of several, one parameter at a time.
+
+    Args:
+        checkpoint: its name; None: the newest of the run's history.
+        dtype: fp32, bf16 or fp16; None: what the model was trained in.
+        average: so many healthy checkpoints, the newest up to `checkpoint`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none or there are too few, or one is damaged.
     """
-    steps = committed_steps(files.checkpoints)
-    names = [name_of(step) for step in steps]
-    if not names:
-        raise CheckpointError(f"{files.root} has no checkpoint yet; train it first")
-    name = checkpoint or names[-1]
-    if name not in names:
-        raise CheckpointError(f"{files.root} has no checkpoint {name!r}; it has {', '.join(names)}")
+    chosen = choose(files, checkpoint, average)
     config = read_run_config(files.root)
+    directories = [files.checkpoints / name for name in chosen]
+    dtype = dtype or read_manifest(directories[-1]).precision or "fp32"
     prepared, _ = open_run(files, config)
     save_model(
         config,
-        whole_parameters(files.checkpoints / name),
+        whole_parameters(directories[0]) if len(directories) == 1 else averaged_parameters(directories),
         output,
         tokenizer_path=prepared.tokenizer_path,
         vocabulary=prepared.vocabulary,
-        dtype=dtype,
+        dtype=DTYPES[dtype],
     )
-    return name
+    return Exported(chosen, dtype)
+
+
+def choose(files: RunFiles, checkpoint: str | None, average: int | None) -> tuple[str, ...]:
+    """Names of the checkpoints to export, oldest first: one, or `average` healthy ones of the run's history.
+
+    Raises:
+        CheckpointError: there is none, or there are fewer.
+    """
+    committed = [name_of(step) for step in committed_steps(files.checkpoints)]
+    if not committed:
+        raise CheckpointError(f"{files.root} has no checkpoint yet; train it first")
+    if checkpoint is not None and checkpoint not in committed:
+        raise CheckpointError(f"{files.root} has no checkpoint {checkpoint!r}; it has {', '.join(committed)}")
+    if checkpoint is not None and average is None:
+        return (checkpoint,)
+    history = read_starts(files).history
+    manifests = {name: read_manifest(files.checkpoints / name) for name in committed}
+    ours = [name for name in committed if history.admits(manifests[name].start, manifests[name].step)]
+    if not ours:
+        raise CheckpointError(f"{files.root} has no checkpoint of its present history; it has {', '.join(committed)}")
+    if average is None:
+        return (ours[-1],)
+    last = manifests[checkpoint or ours[-1]].step
+    healthy = [name for name in ours if is_healthy(files.checkpoints / name) and manifests[name].step <= last]
+    if len(healthy) < average:
+        raise CheckpointError(
+            f"an average of {average} checkpoints was asked for, and {files.root} has {len(healthy)} healthy ones "
+            f"({', '.join(healthy) or 'none'}); ask for fewer, or raise checkpoint.keep"
+        )
+    return tuple(healthy[-average:])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,18 +106,28 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.stages.export", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", help="name below checkpoints/; by default the newest")
+    parser.add_argument("--average", type=_positive, metavar="N", help="average the last N healthy checkpoints")
     parser.add_argument("--output", type=Path, help="by default RUN/export")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="by default what the model was trained in")
     options = parser.parse_args(arguments)
     files = RunFiles(options.run.absolute())
     output = options.output or files.export
     try:
-        name = export_run(files, options.checkpoint, output, DTYPES[options.dtype])
+        exported = export_run(
+            files, output, checkpoint=options.checkpoint, dtype=options.dtype, average=options.average
+        )
     except TrimtabError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"exported {name} to {output}")
+    print(f"exported {exported} to {output}")
     return ExitCode.COMPLETED
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 if __name__ == "__main__":
