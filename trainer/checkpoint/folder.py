@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from trainer.checkpoint.manifest import (
     HEALTHY,
@@ -32,8 +33,8 @@ from trainer.checkpoint.retain import Kept, doomed
 from trainer.errors import CheckpointError, DamagedError, SupersededError
 from trainer.starts import Fence
 
-Say = Callable[[str, str], None]
-"""(level, text): info, warning or error."""
+Level = Literal["info", "warning", "error"]
+Say = Callable[[Level, str], None]
 
 LEFTOVER = re.compile(r"(step-\d{8,})\.(partial|replaced|abandoned|removed|damaged|foreign)(?:-(\d+))?")
 """Name of the checkpoint, what became of it, and the start or a running number."""
@@ -290,7 +291,7 @@ class Folder:
         except OSError as error:
             self._say("warning", f"{directory.name} could not be marked as healthy: {error}")
 
-    def _say_once(self, directory: Path, level: str, text: str) -> None:
+    def _say_once(self, directory: Path, level: Level, text: str) -> None:
         if directory.name not in self._told:
             self._told.add(directory.name)
             self._say(level, f"{directory} {text}")

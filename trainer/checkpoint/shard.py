@@ -29,11 +29,6 @@ Moment = Callable[[str, Path], None]
 """Called in the writing thread: ("begin", partial directory), ("chunk", file) several times within every file,
 ("written", file), and on rank 0 ("commit", partial directory) right before the rename, ("committed", directory)."""
 
-
-def nothing(*_: object) -> None:
-    """A :data:`Moment` at which nothing happens."""
-
-
 _SYNC_BYTES = 1 << 28
 """Written at most before the disk must have it: a single sync at the end could take minutes without a sign of life."""
 _MAX_HEADER = 100_000_000

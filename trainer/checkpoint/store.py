@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -29,7 +28,8 @@ from trainer.checkpoint.manifest import (
     read_manifest,
     shard_files,
 )
-from trainer.checkpoint.shard import Moment, State, halves, nothing, read_shard, sync_directory, write_file, write_shard
+from trainer.checkpoint.shard import Moment, State, halves, read_shard, sync_directory, write_file, write_shard
+from trainer.checkpoint.together import Together, nothing
 from trainer.checkpoint.writer import Failed, Writer
 from trainer.errors import CheckpointError, DamagedError, SupersededError, TrimtabError
 from trainer.records import Saved
@@ -81,7 +81,9 @@ class CheckpointStore:
         self._writer = Writer("checkpoint")
         self._writing: Path | None = None
         # the threads talk beside the training: in a group of their own nothing gets out of order
-        self._group = dist.new_group(backend="gloo", timeout=_MESSAGE_TIMEOUT) if world_size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=_MESSAGE_TIMEOUT) if world_size > 1 else None
+        self._threads = Together(rank, world_size, group)
+        self._ranks = Together(rank, world_size)
 
     @property
     def in_flight(self) -> bool:
@@ -139,14 +141,10 @@ class CheckpointStore:
 
     def newest(self, at_most: int | None = None) -> Path | None:
         """The newest committed checkpoint of this run's history, of at most a step; chosen by rank 0. A collective."""
-        found: list[str | None] = [None]
-
-        def choose() -> None:
-            if self._rank == 0:
-                path = self._directories.newest(at_most)
-                found[0] = path.name if path else None
-
-        name = next(iter(self._together(choose, lambda: found[0])))
+        found: list[Path | None] = []
+        name = self._ranks.first(
+            lambda: found.append(self._directories.newest(at_most)), lambda: found[0].name if found[0] else None
+        )
         return self.folder / name if name else None
 
     def load(
@@ -165,16 +163,15 @@ class CheckpointStore:
         text: list[str] = []
 
         def look() -> None:
-            if self._rank == 0:
-                manifest = read_manifest(directory)
-                check_listing(directory, manifest)
-                text.append(manifest.model_dump_json())
+            manifest = read_manifest(directory)
+            check_listing(directory, manifest)
+            text.append(manifest.model_dump_json())
 
-        manifest = Manifest.model_validate_json(self._together(look, lambda: text[0] if text else "")[0])
+        manifest = Manifest.model_validate_json(self._ranks.first(look, lambda: text[0]))
         result: list[State] = []
-        self._together(lambda: result.extend(self._checked(directory, manifest, shape, beat)))
+        self._ranks.all(lambda: result.extend(self._checked(directory, manifest, shape, beat)))
         # only what all ranks have found whole is converted
-        self._together(lambda: result.extend(_converted(directory, manifest, shape) if not result else ()))
+        self._ranks.all(lambda: result.extend(_converted(directory, manifest, shape) if not result else ()))
         return manifest, result[0]
 
     def load_newest(
@@ -193,7 +190,7 @@ class CheckpointStore:
                 reason = str(error)
             else:
                 return directory, manifest, state
-            self._on_first(lambda: self._directories.quarantine(directory, reason))  # noqa: B023 - called at once
+            self._ranks.first(lambda: self._directories.quarantine(directory, reason))  # noqa: B023 - called at once
         return None
 
     def abandon_after(self, step: int) -> None:
@@ -227,12 +224,12 @@ class CheckpointStore:
         releasing.callback(release)
         try:
             with releasing:
-                self._on_first(lambda: self._directories.prepare(step), self._group)
-                listed = self._together(
-                    lambda: entries.extend(self._write(partial, state)), lambda: entries, self._group, releasing.close
+                self._threads.first(lambda: self._directories.prepare(step))
+                listed = self._threads.all(
+                    lambda: entries.extend(self._write(partial, state)), lambda: entries, releasing.close
                 )
             complete = manifest.model_copy(update={"files": tuple(entry for part in listed for entry in part)})
-            self._on_first(lambda: self._commit(partial, complete), self._group)
+            self._threads.first(lambda: self._commit(partial, complete))
         except TrimtabError as error:
             superseded = isinstance(error, SupersededError)
             if self._rank == 0:
@@ -289,61 +286,7 @@ class CheckpointStore:
                 total += sum(path.stat().st_size for path in self._writing.iterdir())
         return total
 
-    def _on_first(self, action: Callable[[], None], group: Any = None) -> None:
-        """Do something on rank 0; its error is raised on all."""
-        self._together(action if self._rank == 0 else lambda: None, group=group)
-
-    def _together(
-        self,
-        action: Callable[[], None],
-        result: Callable[[], Any] = lambda: None,
-        group: Any = None,
-        done: Callable[[], None] = lambda: None,
-    ) -> list[Any]:
-        """Do something on every rank; when one fails, the same error is raised on all.
-
-        Args:
-            result: what each rank tells the others afterwards.
-            group: whose messages are used.
-            done: called before waiting for the others.
-
-        Returns:
-            The results of all ranks.
-        """
-        error = self._attempt(action)
-        done()
-        told = (error, None if error else result())
-        gathered: list[Any] = [told]
-        if self._world_size > 1:
-            gathered = [None] * self._world_size
-            dist.all_gather_object(gathered, told, group=group)
-        errors = [error for error, _ in gathered if error is not None]
-        if errors:
-            raise _worst(errors)
-        return [value for _, value in gathered]
-
-    def _attempt(self, action: Callable[[], None]) -> TrimtabError | None:
-        """The error of an action, so that it can be told to all ranks."""
-        try:
-            action()
-        except TrimtabError as error:
-            return error
-        except OSError as error:
-            return CheckpointError(f"rank {self._rank}: {error}")
-        except Exception as error:  # noqa: BLE001 - the other ranks would wait for ever
-            return CheckpointError(f"rank {self._rank}: {type(error).__name__}: {error}")
-        return None
-
 
 def _converted(directory: Path, manifest: Manifest, shape: Shape | None) -> list[State]:
     assert shape is not None
     return [reshard(directory, manifest, shape)]
-
-
-def _worst(errors: list[TrimtabError]) -> TrimtabError:
-    """One error for what went wrong on several ranks: what an older checkpoint cannot mend comes first."""
-    for kind in (SupersededError, TrimtabError):
-        for error in errors:
-            if isinstance(error, kind) and not isinstance(error, DamagedError):
-                return error
-    return DamagedError("; ".join(dict.fromkeys(map(str, errors))))
