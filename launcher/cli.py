@@ -157,6 +157,18 @@ def watch(
 
 
 @app.command()
+def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")]) -> None:
+    """Check every file of every checkpoint of a run, and say what can be resumed."""
+    from launcher import verify as verifying
+
+    result = verifying.verify(run)
+    if result.checkpoints or result.leftovers:
+        _console().print(verifying.table(result))
+    print(verifying.closing(result))
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
     checkpoint: Annotated[
@@ -203,8 +215,8 @@ def drill(
     chosen = [*(overrides or ()), *(() if stage is None else (f"zero.stage={stage}",))]
     chosen += [] if ranks is None else [f"cluster.ranks_per_node={ranks}"]
     report = drills.drill(config, chosen, faults or (), steps, before, _say)
-    for part in drills.parts(report):
-        _console().print(drills.table(part))
+    for table in drills.tables(report):
+        _console().print(table)
     for line in drills.closing(report):
         print(line, flush=True)
     raise typer.Exit(0 if drills.passed(report) else 1)

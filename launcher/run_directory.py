@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
+from trainer.starts import newest
 
 if TYPE_CHECKING:
     from trainer.config.schema import RunConfig
@@ -133,12 +134,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_outcome(root: Path) -> dict[str, Any] | None:
-    """The content of `outcome.json`; None where there is none yet, or none that can be read."""
+    """The content of `outcome.json`; None where there is none yet, or none that can be read, or one that an older start
+    noted after a newer one had taken over."""
+    files = RunFiles(root)
     try:
-        outcome = json.loads(RunFiles(root).outcome.read_text(encoding="utf-8"))
+        outcome = json.loads(files.outcome.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return outcome if isinstance(outcome, dict) and isinstance(outcome.get("reason"), str) else None
+    if not isinstance(outcome, dict) or not isinstance(outcome.get("reason"), str):
+        return None
+    # 0: of a start that was refused before it took a number
+    return None if 0 < outcome.get("start", 0) < newest(files) else outcome
 
 
 def has_trained(root: Path) -> bool:

@@ -14,8 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.run_directory import LOCK_FILE, read_outcome
+from trainer.checkpoint.manifest import committed_steps, name_of, read_manifest
 from trainer.config.files import RunFiles
-from trainer.errors import RunDirectoryError
+from trainer.errors import CheckpointError, RunDirectoryError
+from trainer.starts import newest as newest_start
+from trainer.starts import read_starts
 from trainer.telemetry.ledger import Record, last_record
 
 SILENT_SECONDS = 600.0
@@ -40,6 +43,8 @@ class RunStatus:
     checkpoint: str | None
     seconds_since: float | None
     """Since the last sign of life."""
+    start: int = 0
+    """How many times it was started."""
     incidents: int = 0
     incident_open: bool = False
     """The newest incident has not ended."""
@@ -87,6 +92,7 @@ def status_of(root: Path, now: float) -> RunStatus:
         tokens_per_second=attempt.get("tokens_per_second") if attempt else None,
         checkpoint=newest_checkpoint(root),
         seconds_since=since,
+        start=max(newest_start(files), start["start"] if start else 0),
         incidents=max(newest_attempt.get("num_incidents", 0), newest_attempt.get("incident", 0)),
         incident_open=newest_attempt.get("incident", 0) > 0,
         quarantined=newest_attempt.get("num_quarantined", 0),
@@ -127,13 +133,21 @@ def is_locked(root: Path) -> bool:
 
 
 def newest_checkpoint(root: Path) -> str | None:
-    """Name of the committed checkpoint of the last step; one that is still being written has another name."""
-    steps = []
-    for path in RunFiles(root).checkpoints.glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isascii() and number.isdigit():
-            steps.append((int(number), path.name))
-    return max(steps)[1] if steps else None
+    """Name of the checkpoint that the next start goes on from, if its files are whole: the newest committed one of the
+    run's history. `trimtab verify` looks into the files."""
+    files = RunFiles(root)
+    try:
+        known = read_starts(files)
+    except RunDirectoryError:
+        return None
+    for step in reversed(committed_steps(files.checkpoints)):
+        try:
+            manifest = read_manifest(files.checkpoints / name_of(step))
+        except CheckpointError:
+            continue
+        if known.run in (None, manifest.run) and known.history.admits(manifest.start, step):
+            return name_of(step)
+    return None
 
 
 def table(runs: list[RunStatus]) -> Table:
@@ -142,7 +156,15 @@ def table(runs: list[RunStatus]) -> Table:
     result = Table(box=None, header_style="bold", pad_edge=False)
     result.add_column("run", overflow="fold")
     result.add_column("state", no_wrap=True)
-    titles = ("step", "loss", "held-out", "tokens/s", "saved", *(("incidents", "left out") if troubled else ()))
+    titles = (
+        "start",
+        "step",
+        "loss",
+        "held-out",
+        "tokens/s",
+        "saved",
+        *(("incidents", "left out") if troubled else ()),
+    )
     for title in (*titles, "last sign"):
         result.add_column(title, justify="right", no_wrap=True)
     for run in runs:
@@ -150,6 +172,7 @@ def table(runs: list[RunStatus]) -> Table:
         result.add_row(
             Text(run.name),
             Text(run.state, style=_STYLES.get(run.state, "red")),
+            Text(str(run.start) if run.start else "–"),
             Text("–" if run.step is None else f"{run.step}/{run.steps if run.steps is not None else '?'}"),
             Text(_number(run.loss)),
             Text(_number(run.held_out_loss)),

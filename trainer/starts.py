@@ -134,6 +134,8 @@ class Starts:
 
     newest: int
     """The highest number taken; 0: none."""
+    run: str | None
+    """Identity of the run; None: not known."""
     history: Lineage
     """What the next start chooses from: the history of the newest start that got as far as going on."""
 
@@ -145,7 +147,7 @@ def read_starts(files: RunFiles) -> Starts:
         RunDirectoryError: a record is damaged.
     """
     folder = files.root / FOLDER
-    return Starts(newest(files), _history_before(folder, math.inf))
+    return Starts(newest(files), _identity(folder), _history_before(folder, math.inf))
 
 
 def newest(files: RunFiles) -> int:

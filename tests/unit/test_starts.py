@@ -162,11 +162,22 @@ def test_only_what_this_start_goes_on_from_is_its_history(files: RunFiles) -> No
 
 
 def test_a_start_that_died_before_it_went_on_changes_no_history(files: RunFiles) -> None:
-    begin(files).resumed(0, 0)
     begin(files)
-    third = begin(files)
-    assert third.admits(1, 80)
-    assert not third.admits(2, 80)
+    second = begin(files)
+    assert not second.admits(1, 80), "start 1 had not gone on from anything, so it may have written nothing"
+    second.resumed(0, 0)
+    begin(files)
+    fourth = begin(files)
+    assert fourth.admits(2, 80)
+    assert not fourth.admits(3, 80)
+
+
+def test_what_newer_starts_do_does_not_change_an_older_ones_history(files: RunFiles) -> None:
+    first = begin(files)
+    first.resumed(0, 0)
+    begin(files).resumed(1, 50)
+    elsewhere = other_machine(first, files)
+    assert (elsewhere.admits(1, 60), elsewhere.admits(2, 60)) == (True, False)
 
 
 def test_a_start_goes_on_from_one_checkpoint_only(files: RunFiles) -> None:
@@ -201,6 +212,13 @@ def test_the_history_is_the_chain_of_what_was_gone_on_from(data: st.DataObject) 
     admits = lineage(resumed, head).admits
     everything = set().union(*written.values())
     assert {checkpoint for checkpoint in everything if admits(*checkpoint)} == history[head]
+
+
+def test_a_rollback_below_what_a_start_went_on_from_binds_those_after_it() -> None:
+    """Start 2 went on from step 100, went back to 50 and saved 60, from which start 3 went on."""
+    admits = lineage({1: (0, 0), 2: (1, 100), 3: (2, 60)}, 3).admits
+    assert admits(1, 60)
+    assert not admits(1, 100)
 
 
 def test_lost_records_are_said_and_the_checkpoints_stay(files: RunFiles, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from launcher.run_directory import locked
 from trainer.config.load import dump_config, load_config
 
-VERBS = ("run", "plan", "prepare", "status", "watch", "export", "drill", "quarantine", "judge", "doctor")
+VERBS = ("run", "plan", "prepare", "status", "watch", "verify", "export", "drill", "quarantine", "judge", "doctor")
 
 
 def trimtab(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

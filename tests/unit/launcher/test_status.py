@@ -10,7 +10,10 @@ from rich.console import Console
 from launcher.run_directory import locked
 from launcher.status import SILENT_SECONDS, RunStatus, age, newest_checkpoint, status_of, statuses, table
 from launcher.watch import watch_run
+from trainer.checkpoint.manifest import Manifest, name_of, write_manifest
+from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
+from trainer.starts import begin
 from trainer.telemetry.ledger import encode
 
 NOW = 1_000_000.0
@@ -50,6 +53,17 @@ def make_run(
     return root
 
 
+def make_checkpoint(root: Path, step: int, run: str = "", start: int = 1) -> Path:
+    directory = root / "checkpoints" / name_of(step)
+    directory.mkdir(parents=True)
+    manifest = Manifest(
+        run=run, start=start, step=step, attempt=step, next_batch=step, quarantine=(), world_size=2, stage=1,
+        global_batch=8, config_fingerprint="c", data_fingerprint="d", parameters=("w",), files=(),
+    )  # fmt: skip
+    write_manifest(directory, manifest)
+    return directory
+
+
 def test_a_run_that_has_not_started(tmp_path: Path) -> None:
     status = status_of(make_run(tmp_path / "a"), NOW)
     assert (status.state, status.step, status.loss, status.seconds_since) == ("prepared", None, None, None)
@@ -59,13 +73,42 @@ def test_a_live_run_shows_its_newest_applied_step(tmp_path: Path) -> None:
     records = [START, attempt(1), attempt(2, loss=3.0), attempt(3, applied=False, loss=float("nan"))]
     evaluation = {"kind": "evaluation", "time": NOW, "start": 1, "step": 2, "loss": 3.5, "targets": 9, "seconds": 1.0}
     root = make_run(tmp_path / "a", *records, evaluation, age=30)
-    (root / "checkpoints" / "step-00000002").mkdir(parents=True)
-    (root / "checkpoints" / "step-00000010").mkdir()
+    make_checkpoint(root, 2)
+    make_checkpoint(root, 10)
     (root / "checkpoints" / "step-00000011.partial").mkdir()
     status = status_of(root, NOW)
     assert (status.state, status.step, status.steps, status.loss) == ("running", 2, 100, 3.0)
     assert (status.held_out_loss, status.tokens_per_second, status.seconds_since) == (3.5, 12345.6, 30)
     assert status.checkpoint == newest_checkpoint(root) == "step-00000010"
+
+
+def test_the_newest_checkpoint_is_of_the_runs_history(tmp_path: Path) -> None:
+    """Not one without a manifest, of another run, or of a start that was cut off when it wrote it."""
+    root = make_run(tmp_path / "a", START)
+    first = begin(RunFiles(root))
+    first.resumed(0, 0)
+    second = begin(RunFiles(root))
+    second.resumed(1, 10)
+    make_checkpoint(root, 10, first.run)
+    assert newest_checkpoint(root) == "step-00000010"
+    make_checkpoint(root, 20, first.run, start=2)
+    make_checkpoint(root, 30, first.run, start=1)
+    make_checkpoint(root, 40, "another", start=2)
+    (root / "checkpoints" / "step-00000050").mkdir()
+    assert newest_checkpoint(root) == "step-00000020"
+    status = status_of(root, NOW)
+    assert (status.checkpoint, status.start) == ("step-00000020", 2)
+
+
+def test_what_a_superseded_start_notes_is_not_the_outcome(tmp_path: Path) -> None:
+    outcome = {"reason": "stopped", "exit_code": 75, "message": "", "step": 1, "steps": 100, "start": 1}
+    root = make_run(tmp_path / "a", START, attempt(1), outcome=outcome)
+    begin(RunFiles(root))
+    assert status_of(root, NOW).state == "stopped"
+    begin(RunFiles(root))
+    assert status_of(root, NOW).state == "running"
+    make_run(root, outcome=outcome | {"start": 0})
+    assert status_of(root, NOW).state == "stopped"
 
 
 def test_silence_is_death_unless_steps_are_that_slow(tmp_path: Path) -> None:
