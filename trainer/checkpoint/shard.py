@@ -178,7 +178,7 @@ def _serialized(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
         flat = tensor.detach().reshape(-1)
         step = CHUNK_BYTES // flat.element_size()
         for first in range(0, flat.numel(), step):
-            yield flat[first : first + step].cpu().view(torch.uint8).numpy().data
+            yield flat[first : first + step].cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _parsed(content: Tensor, path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from trainer.checkpoint.manifest import (
     HEALTHY,
     MANIFEST,
+    FileEntry,
     Manifest,
     check_file,
     check_listing,
@@ -19,7 +21,7 @@ from trainer.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def _begin(directory: Path, pool: ThreadPoolExecutor) -> tuple[Manifest | str, _
     except CheckpointError as error:
         return str(error), []
     checks = [pool.submit(_problem, partial(check_listing, directory, manifest))]
-    return manifest, checks + [pool.submit(_problem, partial(check_file, directory, entry)) for entry in manifest.files]
+    return manifest, checks + [pool.submit(_problem, partial(_check, directory, entry)) for entry in manifest.files]
 
 
 def _finish(
@@ -97,6 +99,24 @@ def _finish(
         run=manifest.run,
         strange=tuple(sorted(path.name for path in directory.iterdir() if path.name not in own)),
     )
+
+
+def _check(directory: Path, entry: FileEntry) -> None:
+    """
+    Raises:
+        CheckpointError: it is not what the manifest says, or no data.
+    """
+    check_file(directory, entry)
+    path = directory / entry.name
+    with path.open("rb") as file:
+        # a safetensors file begins with the length of its header, which is JSON, as is all of the other file
+        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else entry.num_bytes
+        try:
+            header = json.loads(file.read(length)) if length <= entry.num_bytes else None
+        except (ValueError, RecursionError):
+            header = None
+    if not isinstance(header, dict):
+        raise DamagedError(f"{path} of rank {entry.rank} is neither tensors nor numbers, and is refused")
 
 
 def _problem(check: Callable[[], None]) -> str | None:

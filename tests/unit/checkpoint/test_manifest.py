@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_checkpoints import make_manifest
 
-from trainer.checkpoint.manifest import MANIFEST, check_file, entry_of, name_of, read_manifest, step_of
-from trainer.errors import CheckpointError
+from trainer.checkpoint.manifest import (
+    MANIFEST,
+    FileEntry,
+    check_file,
+    check_listing,
+    encode_manifest,
+    entry_of,
+    name_of,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+from trainer.errors import CheckpointError, DamagedError
 
-WHOLE = {
-    "step": 3,
-    "attempt": 3,
-    "next_batch": 3,
-    "quarantine": [[1, 2]],
-    "world_size": 1,
-    "stage": 2,
-    "global_batch": 8,
-    "config_fingerprint": "c",
-    "data_fingerprint": "d",
-    "parameters": ["w"],
-    "files": [],
-}
+FILE = "rank-00000.json"
+HASH = "0" * 32
+
+
+def change(directory: Path, **changes: Any) -> None:
+    content = json.loads(encode_manifest(make_manifest(3)))
+    (directory / MANIFEST).write_text(json.dumps(content | changes))
 
 
 def test_names_and_steps() -> None:
@@ -31,26 +39,58 @@ def test_names_and_steps() -> None:
     assert [step_of(name) for name in ("step-00000300.partial", "step-3", "latest", "step-0000000x")] == [None] * 4
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/b", "/etc/passwd", "..", ".hidden", ""])
-def test_a_file_name_that_leaves_the_directory_is_refused(tmp_path: Path, name: str) -> None:
-    bad = WHOLE | {"files": [{"name": name, "num_bytes": 1, "xxh3": "0"}]}
-    (tmp_path / MANIFEST).write_text(json.dumps(bad))
-    with pytest.raises(CheckpointError, match="not a checkpoint's manifest"):
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "a/b", "/etc/passwd", "..", ".hidden", "", "rank-00000.pt", "model.safetensors", f"{FILE}\n"],
+)
+def test_any_other_file_name_is_refused_and_named(tmp_path: Path, name: str) -> None:
+    change(tmp_path, files=[{"name": name, "num_bytes": 1, "xxh3": HASH}])
+    with pytest.raises(DamagedError, match="not a checkpoint's manifest") as refused:
         read_manifest(tmp_path)
+    assert f"files.0.name is {name!r}" in str(refused.value)
 
 
 def test_a_manifest_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps(WHOLE))
+    write_manifest(tmp_path, make_manifest(3))
     manifest = read_manifest(tmp_path)
     assert manifest.quarantine == ((1, 2),)
     assert manifest.step == 3
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3}', "\xff", "[" * 100_000])
 def test_anything_else_is_not_a_manifest(tmp_path: Path, text: str) -> None:
-    (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match="not a checkpoint's manifest"):
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedError, match="not a checkpoint's manifest"):
         read_manifest(tmp_path)
+
+
+def test_a_number_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    change(tmp_path, next_batch=4)
+    with pytest.raises(DamagedError, match=r"manifest.json has checksum [0-9a-f]{32}, expected [0-9a-f]{32}"):
+        read_manifest(tmp_path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """Or changes nothing but white space between the values."""
+    whole = encode_manifest(make_manifest(3))
+    write_manifest(tmp_path, make_manifest(3))
+    expected = read_manifest(tmp_path)
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << (place % 7)
+        (tmp_path / MANIFEST).write_bytes(content)
+        try:
+            found = read_manifest(tmp_path)
+        except CheckpointError:
+            continue
+        assert found == expected, place
+
+
+def test_another_format_is_not_taken_for_damage(tmp_path: Path) -> None:
+    change(tmp_path, format=2)
+    with pytest.raises(CheckpointError, match="has format 2 and this version reads 3") as refused:
+        read_manifest(tmp_path)
+    assert not isinstance(refused.value, DamagedError)
 
 
 def test_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
@@ -58,13 +98,44 @@ def test_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
+def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / FILE
     outside.write_bytes(b"secret")
     directory = tmp_path / "step-00000001"
     directory.mkdir()
     entry = entry_of(outside)
     check_file(tmp_path, entry)
-    (directory / "outside").symlink_to(outside)
-    with pytest.raises(CheckpointError, match="is missing"):
+    (directory / FILE).symlink_to(outside)
+    with pytest.raises(DamagedError, match=f"{FILE} is a link, which is not followed"):
         check_file(directory, entry)
+    (directory / FILE).unlink()
+    os.mkfifo(directory / FILE)
+    with pytest.raises(DamagedError, match=f"{FILE} is not a regular file"):
+        check_file(directory, entry)
+    (directory / FILE).unlink()
+    (directory / FILE).mkdir()
+    with pytest.raises(DamagedError, match=f"{FILE} is not a regular file"):
+        check_file(directory, entry)
+    (tmp_path / "step-00000002").symlink_to(directory)
+    with pytest.raises(DamagedError, match="step-00000002 is a link, which is not followed"):
+        read_manifest(tmp_path / "step-00000002")
+
+
+def test_exactly_one_shard_of_every_rank_is_listed(tmp_path: Path) -> None:
+    def entries(*names: str) -> tuple[FileEntry, ...]:
+        return tuple(FileEntry(name=name, num_bytes=1, xxh3=HASH) for name in names)
+
+    directory = tmp_path / "step-00000003"
+    tensors = "rank-00000.safetensors"
+    check_listing(directory, make_manifest(3, files=entries(FILE, tensors)))
+    check_listing(directory, make_manifest(3, files=entries(FILE, tensors), stage=0, world_size=8))
+    for wrong, message in (
+        ({"files": entries(FILE)}, "lists 1 files, expected 2"),
+        ({"files": entries(FILE, FILE)}, f"does not list {tensors} of rank 0"),
+        ({"files": entries(FILE, tensors), "world_size": 10**15}, "lists 2 files"),
+        ({"files": entries(FILE, tensors, "rank-00001.json", "rank-00001.safetensors")}, "lists 4 files, expected 2"),
+    ):
+        with pytest.raises(DamagedError, match=message):
+            check_listing(directory, make_manifest(3, **wrong))
+    with pytest.raises(DamagedError, match="is that of step 4, not of step-00000003"):
+        check_listing(directory, make_manifest(4, files=entries(FILE, tensors)))
