@@ -130,10 +130,7 @@ def _run(config: RunConfig, plan: Plan, root: Path, lock: int | None, say: start
 
 def parts(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a drill did in one launch, and what it did in runs of their own: what is there of it."""
-    if "results" in report:
-        yield report
-    if "processes" in report:
-        yield report["processes"]
+    return iter([part for part in (report, report.get("processes", {})) if "results" in part])
 
 
 def passed(report: dict[str, Any]) -> bool:
@@ -143,14 +140,21 @@ def passed(report: dict[str, Any]) -> bool:
     )
 
 
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """One of each of the :func:`parts`."""
+    if "results" in report:
+        yield table(report)
+    if "processes" in report:
+        yield process_drill.table(report["processes"])
+
+
 def table(report: dict[str, Any]) -> Table:
-    """Fault × outcome, of one of the :func:`parts`."""
+    """Fault × outcome, of what was done in one launch."""
     from rich.table import Table
 
     clean = report["clean"]
     ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']} ranks"
-    after = f" after {report['before']}" if report["before"] else ""
-    place = f"{report['steps']} steps{after}, ZeRO {report['stage']}, {ranks}"
+    place = f"{report['steps']} steps after {report['before']}, ZeRO {report['stage']}, {ranks}"
     title = f"{place}, held-out loss of the clean run {_number(clean['held_out_loss'], 4)}"
     result = Table(title=title, title_justify="left", title_style="")
     for heading in ("fault", "outcome"):

@@ -28,6 +28,8 @@ from trainer.faults.sentence import OF_CHECKPOINT
 from trainer.telemetry.ledger import Record, read_ledger
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from launcher.plan import Plan
     from trainer.config.schema import RunConfig
 
@@ -124,7 +126,7 @@ def drill_processes(
         raise SystemExit(clean.last["exit_code"] or ExitCode.CRASHED)
     minutes = len(exercises) * 2 * clean.seconds / 60
     say(f"clean: {clean.seconds:.0f} s; each fault takes about twice that, all of them {max(1, round(minutes))} min")
-    config = _watched(config, clean)
+    config = watched(config, clean)
     results = []
     for number, each in enumerate(exercises, 1):
         own = _with_fault(config, each)
@@ -160,7 +162,7 @@ def _with_fault(config: RunConfig, each: Exercise) -> RunConfig:
     return config.model_copy(update={"name": name, "faults": (str(each.fault),)})
 
 
-def _watched(config: RunConfig, clean: Ran) -> RunConfig:
+def watched(config: RunConfig, clean: Ran) -> RunConfig:
     """`config` with a time after which a rank hangs that suits the clean run, so that nobody waits ten minutes."""
     supervision = config.supervision
     if supervision.hang_seconds is None:
@@ -188,7 +190,7 @@ def _run(config: RunConfig, plan: Plan, template: Path | None, say: start.Say, *
         for name, text in start.generated_files(config, plan).items():
             write_atomically(root / name, text)
         began = time.perf_counter()
-        with _output_to(root / OUTPUT):
+        with output_to(root / OUTPUT):
             outcomes = [start.train(request, plan, lock, _tell)]
             if again and outcomes[0]["reason"] == "stopped" and (root / STRUCK).exists():
                 outcomes.append(start.train(request, plan, lock, _tell))
@@ -200,7 +202,7 @@ def _tell(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
+def output_to(path: Path) -> Iterator[None]:
     """Put what this process and its children say meanwhile into a file.
 
     It goes there through a pipe: ranks whose disk is full on purpose could not write into a file themselves.
@@ -273,3 +275,30 @@ def _seconds_to_next_step(records: Sequence[Record], struck: dict[str, Any] | No
         if record["kind"] == "attempt" and record["start"] > 1 and record["applied"]:
             return float(record["time"]) - float(struck["time"])
     return None
+
+
+def table(part: dict[str, Any]) -> Table:
+    """Fault × outcome."""
+    from rich.table import Table
+
+    ranks = "1 rank" if part["ranks"] == 1 else f"{part['ranks']} ranks"
+    title = f"{part['steps']} steps in processes of their own, ZeRO {part['stage']}, {ranks}"
+    result = Table(title=title, title_justify="left", title_style="")
+    for heading in ("fault", "outcome"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("starts", "steps lost", "seconds"):
+        result.add_column(heading, justify="right")
+    result.add_column("what was done")
+    result.add_column("same bits as")
+    for each in part["results"]:
+        seconds = each["seconds_recovering"]
+        result.add_row(
+            each["name"],
+            ("✓ " if each["passed"] else "✗ ") + each["outcome"],
+            str(each["starts"]),
+            str(each["lost"]),
+            "" if seconds is None else f"{seconds:.1f}",
+            ", ".join(each["rungs"]),
+            "the clean run" if each["same_bits"] else "",
+        )
+    return result
