@@ -24,6 +24,9 @@ DEATH_GRACE_SECONDS = 10.0
 STACKS_SECONDS = 5.0
 """How long the ranks get to write down their stacks."""
 
+STOOD_STILL_SECONDS = 5.0
+"""Without a look: this process was stopped, or the whole machine, and the ranks get their time anew."""
+
 _PREFIX = "trimtab-beats-"
 _SWEEP_AFTER_SECONDS = 60.0
 _STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a device", "Z": "dead"}
@@ -36,17 +39,19 @@ class Death:
     rank: int
     status: int | None
     """Exit code, or −N where signal N killed it; None: its parent collected it before it could be seen."""
+    phase: str
+    """Of its last sign of life."""
     time: float
     """Unix seconds."""
     monotonic: float
 
     @property
     def bad(self) -> bool:
-        return self.status not in (0, None)
+        return self.phase != "ending" if self.status is None else self.status != 0
 
     def __str__(self) -> str:
         if self.status is None:
-            return f"rank {self.rank} ended"
+            return f"rank {self.rank} died"
         if self.status >= 0:
             return f"rank {self.rank} ended with exit code {self.status}"
         return f"rank {self.rank} was killed by {signal_in_words(-self.status)}"
@@ -143,8 +148,7 @@ class Lookout:
     def __call__(self, agent: int) -> str | None:
         """Look. A sentence when all is to be ended: a rank died and others live on, or one hangs."""
         now = time.monotonic()
-        if self._hang_seconds is not None and now - self._looked > self._hang_seconds / 2:
-            # this process stood still; so may the ranks have, with the whole machine
+        if now - self._looked > STOOD_STILL_SECONDS:
             self._since = now
         self._looked = now
         self._meet(agent)
@@ -159,10 +163,17 @@ class Lookout:
         for pid in children_of(agent):
             if pid in self._pids or (rank := _rank_of(pid)) is None:
                 continue
-            self._pids[pid] = rank
-            with contextlib.suppress(OSError):  # it has ended already, or this kernel has no such descriptors
+            try:
                 descriptor = os.pidfd_open(pid)
-                threading.Thread(target=self._await_death, args=(rank, pid, descriptor), daemon=True).start()
+            except OSError:  # collected already, or a kernel without such descriptors
+                continue
+            self._pids[pid] = rank
+            threading.Thread(target=self._await_death, args=(rank, pid, descriptor), daemon=True).start()
+        # whom nobody waits for, because it was dead before it was met
+        noted = {death.rank for death in self._deaths} | set(self._pids.values())
+        for beat in read_beats(self._beats):
+            if beat.pid is not None and beat.rank not in noted and process_state(beat.pid) is None:
+                self._note(beat.rank, None)
 
     def _await_death(self, rank: int, pid: int, descriptor: int) -> None:
         poll = select.poll()
@@ -170,11 +181,14 @@ class Lookout:
         poll.poll()
         fields = process_fields(pid)
         os.close(descriptor)
-        status = os.waitstatus_to_exitcode(int(fields[49])) if fields and fields[0] == "Z" else None
-        if not self._alarmed:
-            self._deaths.append(Death(rank, status, time.time(), time.monotonic()))
+        self._note(rank, os.waitstatus_to_exitcode(int(fields[49])) if fields and fields[0] == "Z" else None)
         # wake the main thread
         os.kill(os.getpid(), signal.SIGCHLD)
+
+    def _note(self, rank: int, status: int | None) -> None:
+        if not self._alarmed:
+            phase = next((beat.phase for beat in read_beats(self._beats) if beat.rank == rank), "")
+            self._deaths.append(Death(rank, status, phase, time.time(), time.monotonic()))
 
     def _hang(self, agent: int, now: float) -> str | None:
         if self._hang_seconds is None:

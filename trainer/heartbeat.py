@@ -127,8 +127,8 @@ class SharedHeartbeat:
             OSError: the launcher made no file for this rank, or is gone.
         """
         # before the first beat: the launcher sends SIGUSR2 to those who have given one
-        self._stacks = stacks_path(folder, rank).open("r+")
-        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        stacks = os.open(stacks_path(folder, rank), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         with beat_path(folder, rank).open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), _BEAT.size)
         self._pid = os.getpid()
