@@ -40,6 +40,7 @@ def contestant(
     from trainer.config.files import RunFiles
     from trainer.loop import train
     from trainer.model.describe import describe
+    from trainer.saving import NoSaving
     from trainer.stages.build import Setting
     from trainer.stages.pretrain import Pretraining
     from trainer.stop import StopRequest
@@ -62,7 +63,7 @@ def contestant(
 
     def block() -> float:
         steps = stage.progress.position.step + BLOCK
-        parts = dataclasses.replace(whole, steps=steps, evaluate=lambda _: float("nan"), save=lambda _: None)
+        parts = dataclasses.replace(whole, steps=steps, evaluate=lambda _: float("nan"), saver=NoSaving())
         began = time.perf_counter()
         train(parts, stage.progress)
         return time.perf_counter() - began

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from trainer.config.schema import RunConfig
 from trainer.engine.stats import digest
 from trainer.engine.zero import Engine
-from trainer.errors import CheckpointError, RunHaltedError
+from trainer.errors import RunHaltedError
+from trainer.heartbeat import Heartbeat
 from trainer.records import Batch, Examine, Halt, Position, Replay, Rollback, Skip, Step, StepStats, Verdict
 from trainer.recovery import Recovery, Stream
+from trainer.saving import Saving
 from trainer.stability.guard import Guard
 from trainer.stop import StopRequest
 from trainer.telemetry.recorder import Recorder
@@ -34,8 +36,8 @@ class Parts:
     """Of the update that makes the given step."""
     evaluate: Callable[[int], float]
     """Held-out loss at a step; records it."""
-    save: Callable[[Position], None]
-    """Write and commit a checkpoint; records it. Raises CheckpointError on all ranks alike."""
+    saver: Saving
+    heartbeat: Heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,17 @@ def train(parts: Parts, progress: Progress) -> Ending:
 
     Raises:
         RunHaltedError: the guard's diagnosis. What was saved before stays.
+        SaveFailedError: the run cannot be saved any more.
+        SupersededError: a newer start of the run has taken over.
     """
     guard, recovery, stream = parts.guard, parts.recovery, parts.stream
     position = progress.position
-    decision, saved_step, stopped = 0, position.step, False
+    decision, stopped = 0, False
     again: Batch | None = None
     recovery.snapshot(position)
     while position.step < parts.steps and not stopped:
         parts.timer.begin()
+        parts.heartbeat.beat("computing", position.step)
         batch = again or take_batch(parts, position)
         stats = look(parts, batch, position, decision)
         verdict = guard.judge(stats)
@@ -98,8 +103,9 @@ def train(parts: Parts, progress: Progress) -> Ending:
             if went_back is None:
                 verdict = guard.cannot_roll_back(verdict, stats)
             else:
-                position, saved_step = went_back, min(saved_step, went_back.step)
+                position = went_back
         recovery.tell()
+        parts.saver.look(applied=applied, in_incident=guard.incident > 0, step=position.step)
         progress.position = position
         if isinstance(verdict, Halt):
             raise RunHaltedError(verdict.reason)
@@ -107,10 +113,11 @@ def train(parts: Parts, progress: Progress) -> Ending:
         if stopped:
             parts.telemetry.message("warning", f"asked to stop: saving at step {position.step}")
         elif applied:
-            saved_step = upkeep(parts, position, saved_step)
+            upkeep(parts, position)
     recovery.fence()
-    if position.step != saved_step or stopped:
-        parts.save(position)
+    parts.heartbeat.beat("saving")
+    parts.saver.finish(position, completed=not stopped)
+    parts.heartbeat.beat("ending")
     return Ending(position, stopped, None if stopped else parts.evaluate(position.step))
 
 
@@ -173,19 +180,12 @@ def carry_out(
     return False
 
 
-def upkeep(parts: Parts, position: Position, saved_step: int) -> int:
-    """Evaluate, save and keep a snapshot where it is due. Returns the step of the newest checkpoint."""
-    config = parts.config
+def upkeep(parts: Parts, position: Position) -> None:
+    """Keep a snapshot, save and evaluate where it is due."""
     if position.step == parts.steps:
-        return saved_step
+        return
     parts.recovery.snapshot(position)
-    if config.evaluation.every and position.step % config.evaluation.every == 0:
+    every = parts.config.evaluation.every
+    if every and position.step % every == 0:
         parts.evaluate(position.step)
-    if config.checkpoint.every and position.step % config.checkpoint.every == 0:
-        try:
-            parts.save(position)
-        except CheckpointError as error:
-            parts.telemetry.message("error", f"no checkpoint at step {position.step}, training goes on: {error}")
-            return saved_step
-        return position.step
-    return saved_step
+    parts.saver.due(position)

@@ -15,6 +15,7 @@ from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import reset_moments
 from trainer.engine.zero import Engine
 from trainer.records import Batch, Evidence, Examination, IncidentEvent, Position, Rewind, Rollback, StepStats
+from trainer.saving import Saving
 from trainer.stability.guard import Guard
 from trainer.telemetry.recorder import Recorder
 
@@ -77,8 +78,8 @@ class Recovery:
     """The memory of a run: what to go back to, and what was fine lately.
 
     Args:
-        ring: snapshots in host memory; None: they do not fit, or are not wanted.
-        every: steps between snapshots.
+        ring: copies in host memory; None: they do not fit, or are not wanted.
+        every: steps between snapshots in the ring; None: it holds none, only copies that are being saved.
         load: restores the newest checkpoint on disk of at most a step into the engine, in place, and returns its notes;
             None: there is none. A collective.
     """
@@ -90,13 +91,14 @@ class Recovery:
         guard: Guard,
         telemetry: Recorder,
         reports: Reports,
+        saver: Saving,
         *,
         ring: SnapshotRing | None,
-        every: int,
+        every: int | None,
         load: Callable[[int], Notes | None],
     ):
         self._engine, self._stream, self._guard = engine, stream, guard
-        self._telemetry, self._reports = telemetry, reports
+        self._telemetry, self._reports, self._saver = telemetry, reports, saver
         self._ring, self._every, self._load = ring, every, load
         self._known: deque[tuple[Batch, float]] = deque(maxlen=_KNOWN)
         self._copying: int | None = None
@@ -131,7 +133,7 @@ class Recovery:
     def snapshot(self, position: Position) -> None:
         """Begin a snapshot where one is due, or where there is none; the copy is made while the next batch is
         computed."""
-        if self._ring is None:
+        if self._ring is None or self._every is None:
             return
         if not self._ring.steps() or position.step % self._every == 0 or position.step == self._guard.pin:
             self._ring.take(position.step, self.notes(position))
@@ -152,6 +154,8 @@ class Recovery:
         if self._copying is not None:
             self._telemetry.record_snapshot(self._copying, seconds, self._ring.num_bytes)
             self._copying = None
+        elif seconds:
+            self._saver.waited(seconds)
 
     def impossible(self) -> int:
         """Values in this rank's newest audited snapshot that training cannot have produced; asked once an attempt."""
@@ -161,6 +165,7 @@ class Recovery:
         """Go back. Returns where the run stands now; None: there is no state to go back to. A collective."""
         began = time.perf_counter()
         self.fence()
+        self._saver.settle()
         box = [self._guard.ladder()]
         dist.broadcast_object_list(box, src=0)
         notes, source = self._from_memory(verdict.to_step), "memory"
@@ -190,7 +195,8 @@ class Recovery:
         )
         self._guard.rolled_back(rewind, notes["history"], box[0])
         self._telemetry.record_rewind(rewind)
-        if self._ring is not None and source != "memory":
+        self._saver.went_back(step)
+        if self._ring is not None and self._every is not None and source != "memory":
             self._ring.take(step, notes)
         return Position(step=step, attempt=stats.attempt, next_batch=next_batch)
 

@@ -16,11 +16,13 @@ from trainer.config.schema import RunConfig
 from trainer.data.order import Quarantine
 from trainer.engine.snapshot import SnapshotRing
 from trainer.errors import RunHaltedError
+from trainer.heartbeat import NoHeartbeat
 from trainer.loop import Parts, Progress, train
 from trainer.records import Batch, Position, Rewind, StepStats, Verdict
 from trainer.recovery import NoReports, Notes, Recovery
 from trainer.stability import Guard
 from trainer.stop import StopRequest
+from trainer.saving import NoSaving
 from trainer.telemetry.recorder import NoTelemetry
 from trainer.telemetry.timing import StepTimer
 
@@ -98,7 +100,7 @@ def loop(
         return None
 
     recovery = Recovery(
-        engine, stream, guard, heard, NoReports(), ring=ring, every=config.snapshots.every or 1, load=load
+        engine, stream, guard, heard, NoReports(), NoSaving(), ring=ring, every=config.snapshots.every or 1, load=load
     )
     parts = Parts(
         config=config,
@@ -112,7 +114,8 @@ def loop(
         stop=StopRequest(),
         learning_rate=lambda _: LR,
         evaluate=lambda _: math.nan,
-        save=lambda _: None,
+        saver=NoSaving(),
+        heartbeat=NoHeartbeat(),
     )
     halted = None
     try:

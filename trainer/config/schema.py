@@ -264,8 +264,8 @@ class SupervisionConfig(Section):
     """Wait before the second start in a row without progress; doubles each time, at most 5 minutes. After progress
     there is no wait."""
     hang_seconds: PositiveFloat | None = 600.0
-    """A rank that shows no sign of life (micro-batch, file) for so long hangs: the stacks of all ranks are written down,
-    they are ended, and the run is started again. None: never."""
+    """A rank that shows no sign of life (micro-batch, file) for so long hangs: the stacks of all ranks are written
+    down, they are ended, and the run is started again. None: never."""
 
 
 class TelemetryConfig(Section):

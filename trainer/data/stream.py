@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -63,12 +63,14 @@ class Stream:
         next_batch: int = 0,
         quarantine: Quarantine | None = None,
         prefetch: int = 2,
+        reading: Callable[[int], None] = lambda _: None,
     ):
         """
         Args:
             batch: samples in a global batch; a multiple of micro · ranks.
             next_batch: index of the first batch; where it is in quarantine, the next allowed one.
             prefetch: batches read ahead. 0: each is read when it is asked for.
+            reading: called with the index of a batch in the thread that is about to read it; what it raises ends it.
         """
         assert batch % (micro * ranks) == 0
         assert order.sizes == samples.sizes
@@ -76,7 +78,7 @@ class Stream:
         self._order = order
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
-        self._prefetch = prefetch
+        self._prefetch, self._reading = prefetch, reading
         self._ahead: _Ahead | None = None
         self.seek(next_batch)
 
@@ -128,6 +130,7 @@ class Stream:
     def _batches(self, index: int) -> Iterator[Batch]:
         while True:
             index = self._quarantine.next_allowed(index)
+            self._reading(index)
             yield self._read(index)
             index += 1
 

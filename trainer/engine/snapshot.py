@@ -64,16 +64,11 @@ class _Slot:
 
 
 class HeldSnapshot:
-    """A copy of a rank's state that stays as it is until it is released.
+    """A copy of a rank's state that stays as it is until it is released."""
 
-    Attributes:
-        seconds: that the request for it took.
-    """
-
-    def __init__(self, slot: _Slot, give_back: Callable[[_Slot], None], seconds: float):
+    def __init__(self, slot: _Slot, give_back: Callable[[_Slot], None]):
         self._slot = slot
-        self._give_back = give_back
-        self.seconds = seconds
+        self._give_back: Callable[[_Slot], None] | None = give_back
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `read_state` gives it, in host memory; waits until the copy is whole. For any thread.
@@ -91,8 +86,10 @@ class HeldSnapshot:
         return self._slot.tensors, self._slot.numbers
 
     def release(self) -> None:
-        """Its memory may be used again. For any thread."""
-        self._give_back(self._slot)
+        """Its memory may be used again. For any thread; once more does nothing."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back(self._slot)
 
 
 class SnapshotRing:
@@ -155,7 +152,6 @@ class SnapshotRing:
 
         It is the newest snapshot where nothing was applied since, else a copy made like one, which is no snapshot.
         """
-        began = time.perf_counter()
         slot = self._newest
         unchanged = slot is not None and slot.updates is self._engine.updates and not slot.updates.num
         if slot is None or not unchanged or slot.step != step:
@@ -165,7 +161,7 @@ class SnapshotRing:
             self._begin(slot, step, None)
         with self._holding:
             slot.holders += 1
-        return HeldSnapshot(slot, self._give_back, time.perf_counter() - began)
+        return HeldSnapshot(slot, self._give_back)
 
     def _give_back(self, slot: _Slot) -> None:
         with self._holding:

@@ -44,7 +44,10 @@ class Engine:
         deepspeed: DeepSpeed's own engine.
         updates: what was applied since the state was last put in; the audit of snapshots judges by it.
         injector: puts faults in, where a drill asks for them.
+        alive: called with every micro-batch: a sign of life for who waits for one.
     """
+
+    alive: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -285,6 +288,7 @@ class Engine:
         return self._objective(logits, labels)
 
     def _logits_and_labels(self, arrays: Mapping[str, NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+        self.alive()
         tensors = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
         labels = tensors.pop("labels")
         logits: Tensor = self.deepspeed(**tensors).logits

@@ -7,7 +7,8 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trainer.faults import Fault
 from trainer.faults.inject import FaultInjector
 from trainer.faults.poison import strikes_of_data
 from trainer.faults.sentence import Kind
+from trainer.loop import Parts
 from trainer.records import (
     IncidentEvent,
     Outcome,
@@ -37,6 +39,7 @@ from trainer.records import (
     Timing,
     Verdict,
 )
+from trainer.saving import NoSaving, Saving
 from trainer.stages.build import Setting
 from trainer.stages.pretrain import Pretraining
 from trainer.telemetry.recorder import Recorder
@@ -134,14 +137,36 @@ class Watched:
         self._inner.record_incident(event)
 
 
+class OnlyAt(NoSaving):
+    """Saves one step of a run, and nothing else.
+
+    Args:
+        step: None: not even that.
+    """
+
+    def __init__(self, inner: Saving, step: int | None):
+        self._inner = inner
+        self._step = step
+
+    def due(self, position: Position) -> None:
+        if position.step == self._step:
+            self._inner.due(position)
+
+    def finish(self, position: Position, *, completed: bool) -> None:
+        self._inner.settle()
+        if position.step == self._step:
+            self._inner.finish(position, completed=completed)
+
+
 class Unsaved(Pretraining):
     """Pretraining that saves nothing, or one step only."""
 
     keep_step: int | None = None
 
-    def _save(self, position: Position) -> None:
-        if position.step == self.keep_step:
-            super()._save(position)
+    @contextmanager
+    def parts(self) -> Iterator[Parts]:
+        with super().parts() as parts:
+            yield replace(parts, saver=OnlyAt(parts.saver, self.keep_step))
 
 
 def exercise(

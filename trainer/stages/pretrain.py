@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
-from trainer.checkpoint.manifest import Manifest, name_of
-from trainer.checkpoint.store import CheckpointStore, committed_steps
+from trainer.checkpoint.manifest import Manifest
 from trainer.config.load import dump_config
-from trainer.config.memory import shortage, snapshot_bytes
+from trainer.config.memory import copies
 from trainer.config.resolve import arithmetic, fingerprint
 from trainer.data.order import Order, Quarantine
 from trainer.data.samples import Samples
 from trainer.data.stream import Stream as DataStream
 from trainer.data.stream import evaluation_batches
-from trainer.engine.snapshot import SnapshotRing
-from trainer.engine.state import read_state, write_state
+from trainer.engine.state import optimizer_kind
 from trainer.engine.zero import NO_INJECTION
-from trainer.errors import CheckpointError, ExitCode, TrimtabError
+from trainer.errors import ExitCode, TrimtabError
 from trainer.faults import Fault, poisoned
 from trainer.faults.inject import FaultInjector
+from trainer.heartbeat import RELAUNCHED_VARIABLE
 from trainer.loop import Ending, Parts, Progress, train
 from trainer.optim.schedule import learning_rate
 from trainer.records import Outcome, Position
-from trainer.recovery import NoReports, Notes, Recovery, Stream
+from trainer.recovery import NoReports, Recovery, Stream
 from trainer.report.incident import IncidentReports
+from trainer.saving import Saver
 from trainer.stages.build import Setting, build_engine, make_guard, make_timer
+from trainer.stages.storage import Storage
 from trainer.telemetry.ledger import last_incident
-from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
+from trainer.telemetry.recorder import Level, NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
 
-_REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed"}
+_REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed", ExitCode.SUPERSEDED: "superseded"}
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
 
 
@@ -61,20 +63,25 @@ class Pretraining:
         self.setting = setting
         config, ranks = setting.config, setting.ranks
         self.numbers = arithmetic(config, ranks.world_size)
-        self.store = CheckpointStore(
-            setting.files.checkpoints,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            keep=config.checkpoint.keep,
-            replicated=config.zero.stage == 0,
+        self.injector = (
+            FaultInjector(faults, ranks.rank, ranks.world_size, setting.fence.number, setting.files)
+            if faults
+            else NO_INJECTION
         )
-        self.injector = FaultInjector(faults, ranks.rank, ranks.world_size) if faults else NO_INJECTION
         self.engine = build_engine(setting, self.numbers, self.injector)
+        self.engine.alive = partial(setting.heartbeat.beat, "computing")
         self.guard = make_guard(setting, self.engine)
-        self.newest_checkpoint: str | None = None
+        self.telemetry: Recorder = NoTelemetry()
+        self._untold: list[tuple[Level, str]] | None = []
+        self._saver: Saver | None = None
+        self.storage = Storage(setting, self.engine, self.injector, flush=lambda: self.telemetry.flush(), say=self._say)
         self._excluded = Quarantine(config.data.exclude_batches)
-        self.progress = Progress(self._resume())
+        self.resumed = self.storage.resume()
+        self.progress = Progress(self._position())
         self.telemetry = self._open_telemetry()
+        untold, self._untold = self._untold, None
+        for level, text in untold:
+            self.telemetry.message(level, text)
         self.reports = self._open_reports()
         self.stream: Stream = poisoned(self._open_stream(), faults, setting.prepared.vocabulary)
         for fault in faults:
@@ -92,18 +99,34 @@ class Pretraining:
         with ExitStack() as stack:
             stack.callback(self.reports.close)
             stack.callback(self.stream.close)
-            ring = self._make_ring()
+            ring = self.storage.make_ring()
             if ring is not None:
                 stack.callback(ring.close)
+            saver = self._saver = Saver(
+                self.engine,
+                self.storage.store,
+                self.telemetry,
+                config=config.checkpoint,
+                memory=self.storage.memory,
+                ring=ring if copies(config)[1] else None,
+                describe=self._manifest,
+                notes=lambda: {"history": self.guard.history(), "ladder": self.guard.ladder()},
+                resumed=self.progress.position if self.resumed else None,
+                newest=self.resumed.name if self.resumed else None,
+                clean_steps=config.guard.clean_steps,
+                beat=partial(self.setting.heartbeat.beat, "saving"),
+            )
+            stack.callback(saver.close)
             recovery = Recovery(
                 self.engine,
                 self.stream,
                 self.guard,
                 self.telemetry,
                 self.reports,
+                saver,
                 ring=ring,
-                every=config.snapshots.every or 1,
-                load=self._load_at_most,
+                every=config.snapshots.every if copies(config)[0] else None,
+                load=self.storage.load_at_most,
             )
             yield Parts(
                 config=config,
@@ -117,7 +140,8 @@ class Pretraining:
                 stop=self.setting.stop,
                 learning_rate=partial(learning_rate, config.optim, config.schedule, self.numbers),
                 evaluate=self._evaluate,
-                save=self._save,
+                saver=saver,
+                heartbeat=self.setting.heartbeat,
             )
 
     def outcome(self, ending: Ending) -> Outcome:
@@ -130,7 +154,7 @@ class Pretraining:
         else:
             reason, code = "completed", ExitCode.COMPLETED
             message = f"completed {steps} steps, held-out loss {ending.held_out_loss:.4f}"
-        return Outcome(reason, code, message, step, steps, self.newest_checkpoint, ending.held_out_loss)
+        return Outcome(reason, code, message, step, steps, self._newest(), ending.held_out_loss, self._start)
 
     def outcome_of(self, error: BaseException) -> Outcome:
         """Why a start ended that ended in an error."""
@@ -142,12 +166,29 @@ class Pretraining:
             message=str(error) if known else f"rank {self.setting.ranks.rank}: {type(error).__name__}: {error}",
             step=self.progress.position.step,
             steps=self.numbers.steps,
-            checkpoint=self.newest_checkpoint,
+            checkpoint=self._newest(),
+            start=self._start,
         )
 
-    def _resume(self) -> Position:
-        newest = self.store.newest()
-        position = Position() if newest is None else self._load(newest)
+    @property
+    def _start(self) -> int:
+        return self.setting.fence.number
+
+    def _newest(self) -> str | None:
+        """Name of the newest checkpoint, as far as this rank has heard."""
+        if self._saver is not None:
+            return self._saver.newest
+        return self.resumed.name if self.resumed else None
+
+    def _position(self) -> Position:
+        """Where this start begins; guard and quarantine are as they were there. A collective."""
+        position = Position()
+        if self.resumed is not None:
+            manifest = self.resumed.manifest
+            position = Position(manifest.step, manifest.attempt, manifest.next_batch)
+            self.guard.restore(self.resumed.guard["history"], self.resumed.guard["ladder"])
+            for first, last in manifest.quarantine:
+                self._excluded = self._excluded.with_range(first, last)
         # the ledger may have seen attempts after the checkpoint, or before the first; rank 0 reads it for all
         box = [0, 0]
         if self.setting.ranks.is_first:
@@ -156,54 +197,12 @@ class Pretraining:
         self.guard.number_incidents_after(box[1])
         return replace(position, attempt=box[0])
 
-    def _load(self, newest: Path) -> Position:
-        manifest, (tensors, numbers) = self.store.load(newest)
-        config, data = fingerprint(self.setting.config), self.setting.prepared.fingerprint
-        if manifest.config_fingerprint != config:
-            raise CheckpointError(f"{newest} belongs to another config; use another name, or the config it began with")
-        if manifest.data_fingerprint != data and not self.setting.config.data.accept_changed:
-            raise CheckpointError(
-                f"{newest} was trained on other data; restore the data, or set data.accept_changed=true"
-            )
-        write_state(self.engine, tensors, numbers)
-        self.newest_checkpoint = f"checkpoints/{newest.name}"
-        self.guard.restore(numbers["guard"]["history"], numbers["guard"]["ladder"])
-        for first, last in manifest.quarantine:
-            self._excluded = self._excluded.with_range(first, last)
-        return Position(step=manifest.step, attempt=manifest.attempt, next_batch=manifest.next_batch)
-
-    def _load_at_most(self, step: int) -> Notes | None:
-        """Put the newest checkpoint of at most `step` into the live engine. A collective."""
-        box: list[str | None] = [None]
-        if self.setting.ranks.is_first:
-            steps = [saved for saved in committed_steps(self.store.folder) if saved <= step]
-            box = [name_of(steps[-1]) if steps else None]
-        torch.distributed.broadcast_object_list(box, src=0)
-        if box[0] is None:
-            return None
-        manifest, (tensors, numbers) = self.store.load(self.store.folder / box[0])
-        write_state(self.engine, tensors, numbers)
-        position = {"step": manifest.step, "next_batch": manifest.next_batch}
-        return {"position": position, "history": numbers["guard"]["history"]}
-
-    def _make_ring(self) -> SnapshotRing | None:
-        """Snapshots, where they are wanted and fit into the host memory of every node. A collective."""
-        config = self.setting.config
-        if config.snapshots.every is None or config.guard.mode != "act":
-            return None
-        num_elements = sum(flat.numel() for flat in self.engine.shards.flats())
-        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.ranks_per_node))
-        shortages: list[str | None] = [None] * self.setting.ranks.world_size
-        torch.distributed.all_gather_object(shortages, shortage(snapshot_bytes(config, num_elements), on_node))
-        for rank, text in enumerate(shortages):
-            if text is not None:
-                self.telemetry.message(
-                    "warning",
-                    f"snapshots do not fit beside rank {rank} ({text}): a rollback will go to a checkpoint on disk; "
-                    "lower snapshots.keep to have them",
-                )
-                return None
-        return SnapshotRing(self.engine, config.snapshots.keep, config.snapshots.audit)
+    def _say(self, level: Level, text: str) -> None:
+        """Tell it, as soon as there is somebody to tell it to."""
+        if self._untold is not None:
+            self._untold.append((level, text))
+        else:
+            self.telemetry.message(level, text)
 
     def _open_reports(self) -> IncidentReports | NoReports:
         if not self.setting.ranks.is_first:
@@ -225,6 +224,9 @@ class Pretraining:
             tokens_per_step=self.numbers.tokens_per_step,
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
             config=dump_config(config),
+            began=psutil.Process().create_time(),
+            seconds_loading=self.resumed.seconds if self.resumed else 0.0,
+            relaunched=json.loads(os.environ.get(RELAUNCHED_VARIABLE, "null")),
             plan={
                 "parameters": setting.facts.num_parameters,
                 "ZeRO stage": config.zero.stage,
@@ -260,6 +262,7 @@ class Pretraining:
             next_batch=self.progress.position.next_batch,
             quarantine=self._excluded,
             prefetch=config.data.prefetch,
+            reading=self.injector.reading,
         )
 
     def _evaluate(self, step: int) -> float:
@@ -278,17 +281,10 @@ class Pretraining:
         self.telemetry.record_evaluation(step, loss, num_targets, time.perf_counter() - began)
         return loss
 
-    def _save(self, position: Position) -> None:
-        began = time.perf_counter()
-        self.telemetry.flush()
-        tensors, numbers = read_state(self.engine)
-        numbers["guard"] = {"history": self.guard.history(), "ladder": self.guard.ladder()}
-        saved = self.store.save((tensors, numbers), lambda: self._manifest(position))
-        self.newest_checkpoint = f"checkpoints/{saved.name}"
-        self.telemetry.record_checkpoint(position.step, saved.name, time.perf_counter() - began, saved.num_bytes)
-
     def _manifest(self, position: Position) -> Manifest:
         return Manifest(
+            run=self.setting.fence.run,
+            start=self.setting.fence.number,
             step=position.step,
             attempt=position.attempt,
             next_batch=position.next_batch,
@@ -298,6 +294,8 @@ class Pretraining:
             global_batch=self.numbers.samples,
             config_fingerprint=fingerprint(self.setting.config),
             data_fingerprint=self.setting.prepared.fingerprint,
+            precision=self.setting.precision,
+            optimizer=optimizer_kind(self.engine),
             parameters=self.engine.names,
             files=(),
         )

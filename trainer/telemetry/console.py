@@ -77,6 +77,8 @@ class RunView:
     def _go_back(self, step: int) -> None:
         self.step = step
         self._losses.rewind(step)
+        if self.checkpoint and self.checkpoint["step"] > step:
+            self.checkpoint = None
         if self.evaluation and self.evaluation["step"] > step:
             self.evaluation = None
 

@@ -80,7 +80,7 @@ class ConsoleView:
                 text = f"held-out loss {record['loss']:.4f}  perplexity {perplexity:.2f}  at step {record['step']}"
                 self._lines.append(Text(text, "bold"))
             case "checkpoint":
-                self._lines.append(Text(f"saved {record['name']} in {record['seconds']:.1f} s", "dim"))
+                self._lines.append(Text(f"saved {record['name']} in {record['seconds_written']:.1f} s", "dim"))
 
     def _work(self) -> None:
         if self._live is not None:

@@ -22,6 +22,7 @@ from trainer.records import (
     Replay,
     Rewind,
     Rollback,
+    Saved,
     Skip,
     Step,
     StepStats,
@@ -29,6 +30,7 @@ from trainer.records import (
     Timing,
     Verdict,
 )
+from trainer.starts import NO_FENCE, Fence, NoFence
 from trainer.telemetry.display import console_view
 from trainer.telemetry.ledger import FILE_NAME, Record, last_attempt, last_record, last_start
 from trainer.telemetry.tensorboard import FOLDER, TensorBoardView
@@ -61,6 +63,12 @@ class RunFacts:
     """The resolved configuration as YAML."""
     plan: Mapping[str, str | int | float]
     """What a person wants to see first about this run, by label: parameters, ZeRO stage, batch arithmetic."""
+    began: float = 0.0
+    """Unix seconds at which the process of this rank began."""
+    seconds_loading: float = 0.0
+    """That finding, checking and loading the state took."""
+    relaunched: Mapping[str, str | float | None] | None = None
+    """What `trimtab run` told of the failed start before this one (`trainer.heartbeat.RELAUNCHED_VARIABLE`)."""
 
 
 class Recorder(Protocol):
@@ -95,8 +103,8 @@ class Recorder(Protocol):
     def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
         """Held-out loss in nats a target."""
 
-    def record_checkpoint(self, step: int, name: str, seconds: float, num_bytes: int) -> None:
-        """A committed checkpoint; `seconds` that the loop stood still for it."""
+    def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
+        """A committed checkpoint; `seconds_blocked` that the loop stood still for it."""
 
     def message(self, level: Level, text: str) -> None:
         """Something that a person must hear: console, ledger and TensorBoard."""
@@ -156,18 +164,27 @@ class Telemetry:
 
     @classmethod
     def open(
-        cls, run_dir: Path, config: TelemetryConfig, facts: RunFacts, resumed_from: Position | None = None
+        cls,
+        run_dir: Path,
+        config: TelemetryConfig,
+        facts: RunFacts,
+        resumed_from: Position | None = None,
+        fence: Fence = NO_FENCE,
     ) -> Telemetry:
         """Opens the ledger of a run with the views that the config asks for, and records the start.
+
+        `fence`: gives the start its number, and ends the records once a newer start has taken over.
 
         Raises:
             RunDirectoryError: the run directory is not writable.
         """
         path = run_dir / FILE_NAME
-        start = last_start(path) + 1
+        # without a fence the ledger counts the starts
+        start = last_start(path) + 1 if isinstance(fence, NoFence) else fence.number
         position = resumed_from or Position()
         counts = _counts_at(path, position.attempt)
-        telemetry = cls(Ledger(path, _views(run_dir, config)), start, config.norms_every, counts, position.step)
+        ledger = Ledger(path, _views(run_dir, config), fence=fence)
+        telemetry = cls(ledger, start, config.norms_every, counts, position.step)
         telemetry._write(
             lambda: {
                 "kind": "start",
@@ -283,8 +300,14 @@ class Telemetry:
         fields = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}
         self._write(lambda: {"kind": "evaluation", **fields})
 
-    def record_checkpoint(self, step: int, name: str, seconds: float, num_bytes: int) -> None:
-        fields = {"step": step, "name": name, "seconds": seconds, "num_bytes": num_bytes}
+    def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
+        fields = {
+            "step": saved.step,
+            "name": saved.name,
+            "seconds": seconds_blocked,
+            "seconds_written": saved.seconds,
+            "num_bytes": saved.num_bytes,
+        }
         self._write(lambda: {"kind": "checkpoint", **fields})
 
     def message(self, level: Level, text: str) -> None:
@@ -308,7 +331,7 @@ class Telemetry:
 
         def stamped() -> Record:
             fields = make()
-            return {"kind": fields.pop("kind"), "time": time, "start": start} | fields
+            return {"kind": fields.pop("kind"), "time": time, "start": start} | fields | {"start": start}
 
         self._ledger.write(stamped)
 

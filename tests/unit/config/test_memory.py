@@ -29,10 +29,13 @@ def config_with(**sections: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({}, 3 * (12 * 1000 + 40)),
-        ({"snapshots": {"keep": 5}}, 5 * (12 * 1000 + 40)),
-        ({"snapshots": {"every": None}}, 0),
-        ({"guard": {"mode": "off"}}, 0),
+        ({}, (3 + 1) * (12 * 1000 + 40)),
+        ({"snapshots": {"keep": 5}}, (5 + 1) * (12 * 1000 + 40)),
+        ({"snapshots": {"every": None}}, 12 * 1000 + 40),
+        ({"guard": {"mode": "off"}}, 12 * 1000 + 40),
+        ({"checkpoint": {"background": False}}, 3 * (12 * 1000 + 40)),
+        ({"checkpoint": {"memory_every": 5}}, (3 + 2) * (12 * 1000 + 40)),
+        ({"guard": {"mode": "off"}, "checkpoint": {"every": None}}, 0),
     ],
 )
 def test_what_the_snapshots_of_a_rank_take(sections, expected):

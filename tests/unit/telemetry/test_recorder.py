@@ -15,6 +15,7 @@ from trainer.records import (
     Position,
     RankStats,
     Rewind,
+    Saved,
     Skip,
     Step,
     StepStats,
@@ -186,7 +187,7 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     telemetry = Telemetry.open(tmp_path, QUIET, FACTS)
     telemetry.message("info", "held-out: 3 documents")
     telemetry.record_evaluation(5, math.inf, 100, 1.5)
-    telemetry.record_checkpoint(5, "step-00000005", 0.5, 1000)
+    telemetry.record_checkpoint(Saved(5, "step-00000005", 1000, 2.5), 0.5)
     telemetry.record_snapshot(5, 0.25, 2000)
     telemetry.record_structure(5, Structure(np.array([1.0, 2.0]), math.inf, np.ones(3), np.full(3, 0.5)))
     telemetry.record_incident(IncidentEvent(1, "opened", 6, 6, 5, "the loss is high", {"loss": math.inf}))
@@ -197,7 +198,15 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     assert found == [
         {"kind": "message", **head, "step": 0, "level": "info", "text": "held-out: 3 documents"},
         {"kind": "evaluation", **head, "step": 5, "loss": math.inf, "targets": 100, "seconds": 1.5},
-        {"kind": "checkpoint", **head, "step": 5, "name": "step-00000005", "seconds": 0.5, "num_bytes": 1000},
+        {
+            "kind": "checkpoint",
+            **head,
+            "step": 5,
+            "name": "step-00000005",
+            "seconds": 0.5,
+            "seconds_written": 2.5,
+            "num_bytes": 1000,
+        },
         {"kind": "snapshot", **head, "step": 5, "seconds": 0.25, "num_bytes": 2000},
         {
             "kind": "weights",
@@ -272,7 +281,7 @@ def test_other_ranks_write_nothing(
     telemetry.record_rewind(Rewind(1, 2, 1, 2, 2, None, "memory", 0.1, "high"))
     telemetry.record_incident(IncidentEvent(1, "opened", 1, 1, 0, "high"))
     telemetry.record_evaluation(1, 1.0, 1, 1.0)
-    telemetry.record_checkpoint(1, "step", 1.0, 1)
+    telemetry.record_checkpoint(Saved(1, "step", 1, 1.0), 1.0)
     telemetry.message("error", "only rank 0 says it")
     telemetry.flush()
     assert telemetry.close(DONE) is None

@@ -14,7 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from trainer.config.schema import TelemetryConfig
 from trainer.errors import RunDirectoryError
-from trainer.records import Outcome, Position, Skip, Step, StepStats, Structure, Timing
+from trainer.records import Outcome, Position, Saved, Skip, Step, StepStats, Structure, Timing
 from trainer.telemetry import scalars as tb
 from trainer.telemetry import tensorboard
 from trainer.telemetry.recorder import RunFacts, Telemetry
@@ -92,7 +92,7 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
     telemetry.record_snapshot(4, 0.0625, 1000)
     telemetry.record_evaluation(2, math.log(7.0), 100, 1.5)
     telemetry.record_evaluation(4, math.nan, 100, 1.5)
-    telemetry.record_checkpoint(4, "step-00000004", 0.75, 1000)
+    telemetry.record_checkpoint(Saved(4, "step-00000004", 1000, 2.5), 0.75)
     close(telemetry)
     main = read(tmp_path / "tensorboard" / "main")
     whole = float(np.sqrt(np.square(NORMS).sum()))
