@@ -12,7 +12,8 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.store import CheckpointStore, Failed
 from trainer.config.schema import CheckpointConfig
-from trainer.engine.snapshot import HeldSnapshot, SnapshotRing
+from trainer.engine.slot import HeldSnapshot
+from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_state
 from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError, SaveFailedError, SupersededError

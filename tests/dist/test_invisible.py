@@ -20,9 +20,9 @@ from trainer.heartbeat import NoHeartbeat
 from trainer.loop import Parts, Progress, train
 from trainer.records import Batch, Position, Rewind, StepStats, Verdict
 from trainer.recovery import NoReports, Notes, Recovery
+from trainer.saving import NoSaving
 from trainer.stability import Guard
 from trainer.stop import StopRequest
-from trainer.saving import NoSaving
 from trainer.telemetry.recorder import NoTelemetry
 from trainer.telemetry.timing import StepTimer
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,9 +18,9 @@ import xxhash
 from torch import Tensor
 
 from trainer.engine.audit import Adam, Found, Limits, Updates, Values, beyond, impossible_values, limits_of
+from trainer.engine.slot import HeldSnapshot, Slot, array_of, checksum_of, room
 from trainer.engine.state import read_state, write_state
 from trainer.engine.zero import Engine
-from trainer.errors import CheckpointError
 
 _CHUNK = 1 << 16
 """Elements that are hashed and looked through while they lie in the cache."""
@@ -36,60 +35,6 @@ class _Before:
     tensors: dict[str, Tensor]
     """Empty where the new snapshot takes the memory of that one."""
     updates: Updates
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """Memory for one snapshot, used again and again."""
-
-    storage: dict[str, Tensor] = field(default_factory=dict)
-    step: int = -1
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """What of the storage belongs to this snapshot."""
-    numbers: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    checksum: int = 0
-    largest: dict[str, float] = field(default_factory=dict)
-    """Largest absolute value of each fp32 tensor; the next audit builds on it."""
-    found: Found = field(default_factory=Found)
-    updates: Updates | None = None
-    """What is applied to the live state since this snapshot; its identity tells whether the two still belong
-    together."""
-    asked: int = 0
-    """How often :meth:`SnapshotRing.impossible` was asked since."""
-    holders: int = 0
-    """Who still reads it: until they release it, its memory is not used again."""
-    job: Future[None] | None = None
-    """The copying of it."""
-
-
-class HeldSnapshot:
-    """A copy of a rank's state that stays as it is until it is released."""
-
-    def __init__(self, slot: _Slot, give_back: Callable[[_Slot], None]):
-        self._slot = slot
-        self._give_back: Callable[[_Slot], None] | None = give_back
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `read_state` gives it, in host memory; waits until the copy is whole. For any thread.
-
-        Raises:
-            CheckpointError: the copy has changed since it was made.
-        """
-        if self._slot.job is not None:
-            self._slot.job.result()
-        if self._slot.checksum and _checksum(self._slot.tensors) != self._slot.checksum:
-            raise CheckpointError(
-                f"the copy of step {self._slot.step} in the memory of {socket.gethostname()} has changed since it was "
-                "made; nothing was saved from it"
-            )
-        return self._slot.tensors, self._slot.numbers
-
-    def release(self) -> None:
-        """Its memory may be used again. For any thread; once more does nothing."""
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back(self._slot)
 
 
 class SnapshotRing:
@@ -112,15 +57,15 @@ class SnapshotRing:
         self._keep = keep
         self._looks = audit
         self._told = Found()
-        self._slots: dict[int, _Slot] = {}
-        self._free = [_Slot() for _ in range(keep + spare)]
+        self._slots: dict[int, Slot] = {}
+        self._free = [Slot() for _ in range(keep + spare)]
         self._all = tuple(self._free)
         self._holding = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._job: Future[None] | None = None
         self._copied = threading.Event()
         self._copied.set()
-        self._newest: _Slot | None = None
+        self._newest: Slot | None = None
         """Taken or restored last: the live state descends from it."""
         self._stream: Any = None
         if engine.device.type == "cuda":
@@ -163,17 +108,17 @@ class SnapshotRing:
             slot.holders += 1
         return HeldSnapshot(slot, self._give_back)
 
-    def _give_back(self, slot: _Slot) -> None:
+    def _give_back(self, slot: Slot) -> None:
         with self._holding:
             slot.holders -= 1
             if not slot.holders and slot not in self._slots.values():
                 self._free.append(slot)
 
-    def _begin(self, slot: _Slot, step: int, look: Callable[[_Slot], None] | None) -> None:
+    def _begin(self, slot: Slot, step: int, look: Callable[[Slot], None] | None) -> None:
         """Begin to copy the live state; the thread ends with `look`."""
         tensors, slot.numbers = read_state(self._engine)
         slot.step, slot.found = step, Found()
-        slot.tensors = {name: _room(slot.storage, name, tensor) for name, tensor in tensors.items()}
+        slot.tensors = {name: room(slot.storage, name, tensor) for name, tensor in tensors.items()}
         for name in [name for name in tensors if name.startswith("buffer.")]:
             # a forward pass may change these
             slot.tensors[name].copy_(tensors.pop(name))
@@ -213,7 +158,7 @@ class SnapshotRing:
         """
         self._join()
         slot = self._slots[step]
-        whole = torch.tensor(float(_checksum(slot.tensors) == slot.checksum), device=self._engine.device)
+        whole = torch.tensor(float(checksum_of(slot.tensors) == slot.checksum), device=self._engine.device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
         if not whole.item():
             self._drop(step)
@@ -270,19 +215,19 @@ class SnapshotRing:
         if job is not None:
             job.result()
 
-    def _ancestor(self) -> _Slot | None:
+    def _ancestor(self) -> Slot | None:
         """The snapshot that the live state descends from, if it is still there."""
         newest = self._newest
         descends = newest is not None and newest.updates is self._engine.updates
         return newest if descends and newest in self._slots.values() else None
 
-    def _claim(self, step: int) -> _Slot:
+    def _claim(self, step: int) -> Slot:
         """Memory for a snapshot of `step`; the one of this step, or the oldest of many, is given up."""
         if step in self._slots or len(self._slots) >= self._keep:
             self._drop(step if step in self._slots else min(self._slots))
         return self._unused()
 
-    def _unused(self) -> _Slot:
+    def _unused(self) -> Slot:
         with self._holding:
             if not self._free:
                 raise AssertionError("more copies are held than there is spare memory for")
@@ -296,7 +241,7 @@ class SnapshotRing:
         if self._newest is slot:
             self._newest = None
 
-    def _begin_device_copies(self, tensors: dict[str, Tensor], slot: _Slot) -> Any:
+    def _begin_device_copies(self, tensors: dict[str, Tensor], slot: Slot) -> Any:
         """Returns the event after them; None without a GPU."""
         if self._stream is None:
             return None
@@ -308,12 +253,12 @@ class SnapshotRing:
             return self._stream.record_event()
 
     def _work(
-        self, slot: _Slot, tensors: dict[str, Tensor], look: Callable[[_Slot], None] | None, on_device: Any
+        self, slot: Slot, tensors: dict[str, Tensor], look: Callable[[Slot], None] | None, on_device: Any
     ) -> None:
         try:
             for name, tensor in tensors.items():
                 if tensor.device.type == "cpu":
-                    np.copyto(_array(slot.tensors[name]), _array(tensor))
+                    np.copyto(array_of(slot.tensors[name]), array_of(tensor))
         finally:
             self._copied.set()
         if on_device is not None:
@@ -322,7 +267,7 @@ class SnapshotRing:
             look(slot)
             self._engine.injector.snapshot(slot.step, slot.tensors)
 
-    def _look(self, slot: _Slot, before: _Before | None) -> None:
+    def _look(self, slot: Slot, before: _Before | None) -> None:
         """Checksum and audit, chunk by chunk: memory is read once."""
         adam = Adam.of(self._engine.shards.inner.param_groups)
         digest = xxhash.xxh3_64()
@@ -331,7 +276,7 @@ class SnapshotRing:
         # a new one: the next audit may still hold the old
         slot.largest = {}
         for name, tensor in slot.tensors.items():
-            values = _array(tensor)
+            values = array_of(tensor)
             if not self._looks or tensor.dtype != torch.float32 or tensor.numel() == 0:
                 digest.update(values.data)
                 continue
@@ -339,7 +284,7 @@ class SnapshotRing:
             if name.startswith("flat."):
                 largest, updates = (before.largest.get(name, 0.0), before.updates) if before else (None, None)
                 limits = limits_of(name.rpartition(".")[2], largest, updates, adam)
-                old = _array(before.tensors[name]) if before and name in before.tensors else None
+                old = array_of(before.tensors[name]) if before and name in before.tensors else None
             found = self._look_through(slot, name, values, limits, old, digest, scratch)
             num, first = num + found.num, first or found.first
         slot.checksum = digest.intdigest()
@@ -347,7 +292,7 @@ class SnapshotRing:
 
     def _look_through(
         self,
-        slot: _Slot,
+        slot: Slot,
         name: str,
         values: Values,
         limits: Limits,
@@ -369,28 +314,6 @@ class SnapshotRing:
                     first = _place(slot.numbers["fragments"], name, start + index, float(chunk[index]))
         slot.largest[name] = largest
         return Found(num, first)
-
-
-def _room(storage: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """Memory for a copy of `like`, 1-D; allocated when it is not there yet."""
-    room = storage.get(name)
-    if room is None or room.numel() != like.numel() or room.dtype != like.dtype:
-        room = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.device.type == "cuda")
-        storage[name] = room
-    return room.view(like.shape)
-
-
-def _array(tensor: Tensor) -> Values:
-    """A 1-D view of a tensor in host memory: as numbers where numpy has the type, else as bytes."""
-    flat = tensor.detach().reshape(-1)
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint8)).numpy()
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    digest = xxhash.xxh3_64()
-    for tensor in tensors.values():
-        digest.update(_array(tensor).data)
-    return digest.intdigest()
 
 
 def _place(fragments: list[dict[str, Any]], name: str, index: int, value: float) -> str:
