@@ -240,6 +240,7 @@ class Pretraining:
             config.telemetry,
             facts,
             resumed_from=self.progress.position if self.progress.position.step else None,
+            fence=setting.fence,
         )
 
     def _samples(self, split: Literal["train", "held_out"]) -> Samples:
