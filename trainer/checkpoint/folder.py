@@ -119,7 +119,7 @@ class Folder:
                     continue
                 if manifest.run != self._fence.run or manifest.start > self._fence.number:
                     continue
-                if self._fence.admits(manifest.start, step):
+                if manifest.start == self._fence.number or self._fence.admits(manifest.start, step):
                     history.append(Kept(step, is_healthy(directory)))
                 else:
                     self._say("info", f"{directory.name} was written by an older start that was cut off; it is deleted")

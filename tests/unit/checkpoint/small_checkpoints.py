@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,19 @@ def same(left: State, right: State) -> bool:
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def save_and_die(folder: Path, after: int) -> None:
+    """Save step 1, then step 1 once more and step 2, killed at the moment of that number in them."""
+    left = after
+
+    def moment(name: str, path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    save_steps(make_store(folder, keep=1), 1)
+    store = make_store(folder, keep=1, moment=moment)
+    store.save(make_state(7), make_manifest(1))
+    save_steps(store, 2)
