@@ -113,7 +113,11 @@ def numbers_of(shape: Shape, keys: tuple[str, ...], steps: dict[int, float], num
 
 
 def write_checkpoint(
-    directory: Path, whole: dict[str, dict[str, Tensor]], shapes: list[Shape], steps: dict[int, float] | None = None
+    directory: Path,
+    whole: dict[str, dict[str, Tensor]],
+    shapes: list[Shape],
+    steps: dict[int, float] | None = None,
+    buffers: bool = True,
 ) -> Manifest:
     """Write a checkpoint whose ranks have these shapes."""
     directory.mkdir(parents=True)
@@ -130,7 +134,8 @@ def write_checkpoint(
             for key, values in whole.items():
                 room = tensors[f"flat.{own['flat']}.{key}"].narrow(0, own["offset"], own["num_elements"])
                 room.copy_(values[own["name"]].narrow(0, own["start"], own["num_elements"]))
-        tensors["buffer.table"] = torch.arange(5, dtype=torch.int64)
+        if buffers:
+            tensors["buffer.table"] = torch.arange(5, dtype=torch.int64)
         save_file(tensors, directory / f"rank-{rank:05d}.safetensors")
         numbers = numbers_of(shape, tuple(whole), steps, num_groups)
         (directory / f"rank-{rank:05d}.json").write_text(json.dumps(numbers))

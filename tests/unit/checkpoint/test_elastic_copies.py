@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import KEYS, Parameter, cut, make_whole, write_checkpoint
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint.assemble import averaged_parameters, whole_parameters
@@ -26,6 +26,7 @@ CUTS = st.tuples(st.sampled_from([0, 1, 2, 3]), st.integers(1, 5), st.sampled_fr
 PARAMETERS = [Parameter("a", (3, 5), 0), Parameter("b", (7,), 1), Parameter("c", (2, 2, 4), 0), Parameter("d", (), 1)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(shapes=SHAPES, groups=st.lists(st.integers(0, 2), min_size=6, max_size=6), source=CUTS, target=CUTS)
 def test_any_shape_becomes_any_other_and_every_element_arrives_once(
     shapes: list[tuple[int, ...]], groups: list[int], source: tuple[int, int, int], target: tuple[int, int, int]
@@ -68,6 +69,7 @@ def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
     assert numbers["scalars"] == {}
 
 
+@settings(deadline=None)
 @given(data=st.data(), total=st.integers(1, 30))
 def test_what_covers_a_parameter(data: st.DataObject, total: int) -> None:
     ends = sorted(data.draw(st.sets(st.integers(1, total - 1), max_size=5)) if total > 1 else set())
