@@ -83,6 +83,10 @@ def met():
                     return
         time.sleep(0.01)
 
+def after(name):
+    while not Path(name).exists():
+        time.sleep(0.01)
+
 def save(step):
     Path(f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
 
@@ -209,9 +213,11 @@ def test_a_stopped_rank_is_found_out_and_all_stacks_are_kept(tmp_path: Path, run
             heartbeat.beat("computing", 41)
             os.kill(os.getpid(), signal.SIGSTOP)
         if count == 1 and rank == 1:
+            after("beaten")
             computing_here()
         if count == 1:
             heartbeat.beat("computing", 42)
+            Path("beaten").touch()
             stuck_in_a_collective()
         end("completed", 0)
         """,
@@ -228,6 +234,23 @@ def test_a_stopped_rank_is_found_out_and_all_stacks_are_kept(tmp_path: Path, run
     assert "in computing_here" in stopped.read_text()
     assert "stopped by a signal" in stopped.read_text().splitlines()[0]
     assert len(run.starts()) == 2
+
+
+def test_where_none_is_stopped_the_first_to_fall_silent_is_named(tmp_path: Path, runs: list[Run]) -> None:
+    run = Run(
+        tmp_path,
+        """
+        if rank == 0:
+            after("beaten")
+        heartbeat.beat("computing", 7 + rank)
+        Path("beaten").touch()
+        stuck_in_a_collective()
+        """,
+        hang_seconds=2,
+        restarts=0,
+    )
+    runs.append(run)
+    assert "no sign of life for 2 s from rank 1 (computing, step 8); stacks of all" in str(run.outcome()["message"])
 
 
 def test_a_rank_that_never_begins_is_a_hang_too(tmp_path: Path, runs: list[Run]) -> None:
