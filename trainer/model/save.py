@@ -112,8 +112,7 @@ def _write_weights(
     where: list[dict[str, int]] = []
 
     def flush(shard: dict[str, Tensor]) -> None:
-        # experts that were cut out of one stack still share its memory, which safetensors refuses
-        shard = {name: tensor.clone() for name, tensor in revert_weight_conversion(model, shard).items()}
+        shard = {name: _alone(tensor) for name, tensor in revert_weight_conversion(model, shard).items()}
         files.append(folder / f"shard-{len(files)}")
         where.append({name: tensor.nbytes for name, tensor in shard.items()})
         save_file(shard, files[-1], {"format": "pt"})
@@ -139,6 +138,11 @@ def _write_weights(
     total = sum(sum(sizes.values()) for sizes in where)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
     (folder / _INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own: experts that were cut out of one stack share its, which safetensors refuses."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
