@@ -267,6 +267,27 @@ def test_killed_between_taking_the_old_one_away_and_the_rename(tmp_path: Path) -
     assert there(tmp_path) == ["1"]
 
 
+def test_a_deletion_that_is_cut_short_leaves_no_half_under_a_valid_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: Said = []
+    rmtree = shutil.rmtree
+
+    def cut_short(path: Path) -> None:
+        next(path.glob("rank-*")).unlink()
+        raise OSError("cut short")
+
+    store = make_store(tmp_path, said, keep=1)
+    save_steps(store, 1)
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    save_steps(store, 2)
+    assert there(tmp_path) == ["1.removed", "2"]
+    assert said == [("warning", "an old checkpoint could not be deleted and takes up space: cut short")]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_steps(store, 3)
+    assert there(tmp_path) == ["3"]
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """A real limit: a process that may not write files beyond a size."""
     code = f"""

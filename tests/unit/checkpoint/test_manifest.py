@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from small_checkpoints import make_manifest
 
+from trainer.checkpoint import manifest as manifest_module
 from trainer.checkpoint.manifest import (
     MANIFEST,
     FileEntry,
@@ -119,6 +120,29 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").symlink_to(directory)
     with pytest.raises(DamagedError, match="step-00000002 is a link, which is not followed"):
         read_manifest(tmp_path / "step-00000002")
+
+
+def test_a_file_that_appears_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind the attribute cache of a network file system: the directory too may not be there yet."""
+    (tmp_path / "soon").mkdir()
+    (tmp_path / "soon" / FILE).write_bytes(b"{}")
+    entry = entry_of(tmp_path / "soon" / FILE)
+    directory = tmp_path / "step-00000001"
+    with pytest.raises(DamagedError, match=f"{FILE} is missing, expected 2 bytes"):
+        check_file(directory, entry, patience=0.2)
+    looked: list[Path] = []
+    refresh = manifest_module.refresh
+
+    def appear_at_the_third(folder: Path) -> None:
+        refresh(folder)
+        looked.append(folder)
+        if len(looked) == 3:
+            (tmp_path / "soon").rename(directory)
+
+    monkeypatch.setattr(manifest_module, "refresh", appear_at_the_third)
+    check_file(directory, entry, patience=60)
+    assert looked == [tmp_path] * 3
+    assert list(tmp_path.iterdir()) == [directory]
 
 
 def test_exactly_one_shard_of_every_rank_is_listed(tmp_path: Path) -> None:
