@@ -167,7 +167,7 @@ def test_an_error_of_a_rank_is_the_outcome(prepared: Workspace) -> None:
     code, output = prepared.trimtab("prepare", "config.yaml")
     assert code == 0, output
     (prepared.run_dir("small") / "checkpoints").write_text("in the way")
-    code, output = prepared.trimtab("run", "config.yaml")
+    code, output = prepared.trimtab("run", "config.yaml", "supervision.restarts=0")
     assert code != 0
     outcome = json.loads((prepared.run_dir("small") / "outcome.json").read_text())
     assert outcome["reason"] != "completed"

@@ -150,7 +150,10 @@ class Run:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        assert self.process.stdout is not None
+        # not read to its end: where a test failed, others may hold it
+        self.process.stdout.close()
 
 
 @pytest.fixture
