@@ -160,18 +160,22 @@ def endure(
             )
         tried: set[int] = set()
         family: list[int] = []
-        while trimtab.poll() is None:
-            agent = agent_of(trimtab.pid)
-            if plan is None or agent is None or agent in tried:
-                time.sleep(0.02)
-                continue
-            tried.add(agent)
-            kill, family = carry_out(plan, trimtab.pid, agent, root)
-            if kill is not None:
-                note(kill)
-                kills.append(kill)
-                plan = next(waiting, None)
-        await_death(family)
+        try:
+            while trimtab.poll() is None:
+                agent = agent_of(trimtab.pid)
+                if plan is None or agent is None or agent in tried:
+                    time.sleep(0.02)
+                    continue
+                tried.add(agent)
+                kill, family = carry_out(plan, trimtab.pid, agent, root)
+                if kill is not None:
+                    note(kill)
+                    kills.append(kill)
+                    plan = next(waiting, None)
+            await_death(family)
+        finally:
+            trimtab.kill()
+            trimtab.wait()
         if trimtab.returncode == 0:
             return kills
         if trimtab.returncode != -signal.SIGKILL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from workspace import Workspace
 
 
@@ -27,6 +28,26 @@ def test_a_drill_of_ones_own_config(prepared: Workspace) -> None:
     assert "3 of 3 faults ended as they should" in output
     assert (root / "weight-bit/ledger.jsonl").exists()
     assert not list(root.rglob("checkpoints/*")), "nothing is saved"
+
+
+@pytest.mark.timeout(400)
+def test_a_drill_of_the_processes(prepared: Workspace) -> None:
+    code, output = prepared.trimtab("drill", "config.yaml", "--steps", "40", "--faults", "full-disk")
+    assert code == 0, output
+    assert "1 of 1 faults ended as they should" in output
+    root = prepared.run_dir("drill-small")
+    report = json.loads((root / "drill.json").read_text())
+    assert "results" not in report, "nothing was asked for that is done in one launch"
+    (result,) = report["processes"]["results"]
+    assert (result["passed"], result["outcome"], result["starts"]) == (True, "went on", 1)
+    assert (result["same_bits"], result["lost"], result["exit_codes"]) == ("clean", 0, [0])
+    full = root / "processes/full-disk"
+    struck = [json.loads(line) for line in (full / "faults.jsonl").read_text().splitlines()]
+    assert {entry["rank"] for entry in struck} == {0, 1}
+    ledger = [json.loads(line) for line in (full / "ledger.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in ledger if record["kind"] == "attempt"] == list(range(1, 41))
+    assert 25 not in [record["step"] for record in ledger if record["kind"] == "checkpoint"]
+    assert "File too large" in (full / "output.txt").read_text()
 
 
 def test_what_cannot_be_drilled_is_refused_before_anything_starts(workspace: Workspace) -> None:

@@ -59,6 +59,8 @@ class _Pending:
     """Attempts at its step so far."""
     reached: bool = False
     """Its time has come."""
+    moments: int = 0
+    """Of saves since then."""
     struck: bool = False
     over: bool = False
 
@@ -83,7 +85,6 @@ class ProcessFaults:
         self._files = files
         self._rank = rank
         self._step = 0
-        self._moments = 0
         self._usual_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         self._pending = [_Pending(strike) for strike in strikes if strike.every_time or strike.start == start]
         if any(strike.kind is Kind.CHECKPOINTS_ARE_READ_ONLY for strike in strikes):
@@ -117,8 +118,8 @@ class ProcessFaults:
         """The writing of a checkpoint is at its next moment."""
         for pending in self._pending:
             if pending.reached and pending.strike.kind in _WHILE_SAVING:
-                self._moments += 1
-                if self._moments >= pending.strike.factor:
+                pending.moments += 1
+                if pending.moments >= pending.strike.factor:
                     self._note(pending)
                     if pending.strike.kind is Kind.KILL_EVERYTHING_WHILE_SAVING:
                         kill_everything()

@@ -35,13 +35,14 @@ def say(*words):
 
 
 def process(tmp_path: Path, code: str, **environment: str) -> subprocess.Popen[str]:
-    """A process of its own that runs the code."""
+    """A process of its own that runs the code; it has no agent, unless it is told so."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
     return subprocess.Popen(
         [sys.executable, "-c", BEGINNING + textwrap.dedent(code), str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | environment,
+        env=inherited | environment,
     )
 
 
@@ -117,7 +118,6 @@ def test_without_an_agent_the_parent_is_spared(tmp_path: Path) -> None:
     code, lines = ended(
         tmp_path,
         """
-        os.environ.pop("TORCHELASTIC_RUN_ID", None)
         if (child := os.fork()) == 0:
             faults("at(step=2).kill_everything()").begin(2)
         say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
