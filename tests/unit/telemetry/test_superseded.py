@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,26 @@ def test_a_superseded_writer_ends_and_says_so_once(tmp_path: Path, monkeypatch: 
     assert shown == [attempt(1, 1)]
     assert len(said) == 1
     assert "newer start" in said[0]
+
+
+def test_what_the_disk_refused_is_not_missed_in_a_newer_starts_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.starts.LOOK_SECONDS", 0.0)
+    said: list[str] = []
+    ledger = Ledger(tmp_path / FILE_NAME, complain=said.append, fence=begin(RunFiles(tmp_path)))
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.telemetry.writer.os.write", refuse)
+        ledger.write(lambda: attempt(1, 1))
+        assert not ledger.flush()
+    begin(RunFiles(tmp_path))
+    assert ledger.close() is None
+    assert (tmp_path / FILE_NAME).read_bytes() == b""
+    assert ["No space left" in text for text in said] == [True, False]
 
 
 def test_a_start_has_the_number_of_its_fence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
