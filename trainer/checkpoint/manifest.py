@@ -269,8 +269,8 @@ def regular_file(path: Path, patience: float = 0.0) -> Iterator[int]:
 
     Raises:
         FileNotFoundError: there is none, also after `patience` seconds.
-        DamagedError: something else than a regular file, or the disk cannot read it.
-        CheckpointError: it may not be read.
+        DamagedError: something else than a regular file, or the disk has lost it.
+        CheckpointError: it cannot be read now.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -282,7 +282,7 @@ def regular_file(path: Path, patience: float = 0.0) -> Iterator[int]:
             if error.errno == errno.ELOOP:
                 raise DamagedError(f"{path} is a link, which is not followed; use another checkpoint") from None
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+                raise _unreadable(path, error) from None
             if time.monotonic() >= deadline:
                 raise FileNotFoundError(errno.ENOENT, "missing", str(path)) from None
             refresh(path.parent if path.parent.is_dir() else path.parent.parent)
@@ -292,9 +292,16 @@ def regular_file(path: Path, patience: float = 0.0) -> Iterator[int]:
             raise DamagedError(f"{path} is not a regular file, which is refused; use another checkpoint")
         yield descriptor
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror}); the checkpoint is damaged") from None
+        raise _unreadable(path, error) from None
     finally:
         os.close(descriptor)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Only what the disk itself has lost is damage; rights and networks can come back."""
+    if error.errno in (errno.EIO, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN):
+        return DamagedError(f"{path} cannot be read ({error.strerror}); the checkpoint is damaged")
+    return CheckpointError(f"{path} cannot be read ({error.strerror}); see to its permissions and its file system")
 
 
 def refresh(folder: Path) -> None:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from trainer.errors import SupersededError
 from trainer.records import Saved
 
-_LOOK_SECONDS = 1.0
-"""How often a waiting thread looks whether bytes are still being written."""
-
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -71,12 +68,13 @@ class Writer:
             return None
         return self._take()
 
-    def drain(self, beat: Callable[[], None], seen: Callable[[], int]) -> Saved | Failed | None:
+    def drain(self, beat: Callable[[], None], seen: Callable[[], int], every: float = 1.0) -> Saved | Failed | None:
         """Wait for the result; None: nothing is in flight.
 
         Args:
             beat: called while the write gets on.
             seen: bytes written so far, by whomever it waits for.
+            every: seconds between looks at that.
 
         Raises:
             SupersededError: a newer start of the run has taken over.
@@ -88,7 +86,7 @@ class Writer:
             if (now := seen()) != last:
                 beat()
                 last = now
-            self._thread.join(_LOOK_SECONDS)
+            self._thread.join(every)
         result = self._take()
         if isinstance(result, Failed) and result.superseded:
             raise SupersededError(result.reason)
