@@ -7,6 +7,8 @@ import json
 import pytest
 from workspace import Workspace
 
+pytestmark = pytest.mark.timeout(400)
+
 
 def test_a_drill_of_ones_own_config(prepared: Workspace) -> None:
     faults = ("--faults", "gradient-nan,weight-bit", "--faults", "at(batch=40).data_is_nan()")
@@ -30,7 +32,6 @@ def test_a_drill_of_ones_own_config(prepared: Workspace) -> None:
     assert not list(root.rglob("checkpoints/*")), "nothing is saved"
 
 
-@pytest.mark.timeout(400)
 def test_a_drill_of_the_processes(prepared: Workspace) -> None:
     code, output = prepared.trimtab("drill", "config.yaml", "--steps", "40", "--faults", "full-disk")
     assert code == 0, output
