@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from launcher.verify import Verification, closing, size, table, verify
 from trainer.checkpoint.manifest import HEALTHY, Manifest, entry_of, name_of, shard_names, write_manifest
@@ -29,9 +32,10 @@ def commit(files: RunFiles, step: int, fence: RunFence, run: str | None = None) 
     directory.mkdir(parents=True)
     entries = []
     for rank in range(2):
-        for name in shard_names(rank):
-            (directory / name).write_bytes(f"{name} of step {step}".encode() * 100)
-            entries.append(entry_of(directory / name))
+        tensors, numbers = (directory / name for name in shard_names(rank))
+        save_file({"flat.0.master": np.full(1000, step + rank, dtype=np.float32)}, tensors)
+        numbers.write_text(json.dumps({"step": step}))
+        entries += [entry_of(tensors), entry_of(numbers)]
     manifest = Manifest(
         run=fence.run if run is None else run, start=fence.number, step=step, attempt=step, next_batch=step,
         quarantine=(), world_size=2, stage=3, global_batch=8, config_fingerprint="c", data_fingerprint="d",
@@ -59,8 +63,8 @@ def test_a_whole_run(files: RunFiles) -> None:
     (commit(files, 20, second) / HEALTHY).touch()
     result = verify(files.root)
     rows = shown(result)
-    assert rows["step-00000010"].split()[1:] == ["10", "1", "2", "×", "3", "11.8", "kB", "–", "whole"]
-    assert rows["step-00000020"].split()[1:] == ["20", "2", "2", "×", "3", "11.8", "kB", "yes", "whole"]
+    assert rows["step-00000010"].split()[1:] == ["10", "1", "2", "×", "3", "8.18", "kB", "–", "whole"]
+    assert rows["step-00000020"].split()[1:] == ["20", "2", "2", "×", "3", "8.18", "kB", "yes", "whole"]
     assert closing(result) == "All is well: the next start goes on from step-00000020."
     assert result.passed
 
@@ -72,7 +76,7 @@ def test_damage_is_named_and_what_is_used_instead(files: RunFiles) -> None:
         commit(files, step, fence)
     flipped = files.checkpoints / "step-00000020" / "rank-00001.safetensors"
     content = bytearray(flipped.read_bytes())
-    content[7] ^= 1
+    content[-7] ^= 1
     flipped.write_bytes(content)
     (files.checkpoints / "step-00000030" / "manifest.json").unlink()
     result = verify(files.root)
