@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,22 +126,20 @@ def closing(result: Verification) -> str:
     if newest is None:
         text = "There is no checkpoint yet: the next start begins from nothing."
     elif resumable is None:
-        text = f"Nothing of the run's history is whole: the next start begins from nothing. {_damaged(result, [])}"
+        text = f"Nothing of the run's history is whole: the next start begins from nothing. {_damaged(result)}"
     elif result.passed:
         text = f"All is well: the next start goes on from {resumable.name}."
     else:
-        text = f"The next start goes on from {resumable.name}. {_damaged(result, [resumable])}"
+        text = f"The next start goes on from {resumable.name}. {_damaged(result)}"
     if result.running:
         text += " The run is being trained on this machine: what it is writing now is not counted."
     return text
 
 
-def _damaged(result: Verification, after: Sequence[Examined]) -> str:
-    """Which newer ones are lost."""
-    behind = max((found.step for found in after), default=-1)
-    lost = [found for found in result.checkpoints if result.counts(found) and found.problems and found.step > behind]
-    names = ", ".join(found.name for found in sorted(lost, key=lambda found: found.step))
-    return f"Damaged and lost: {names}; restore the files from a copy if there is one."
+def _damaged(result: Verification) -> str:
+    """What the run's history has lost."""
+    lost = sorted((found.step, found.name) for found in result.checkpoints if result.counts(found) and found.problems)
+    return f"Not whole: {', '.join(name for _, name in lost)}; restore the files from a copy if there is one."
 
 
 def size(num_bytes: int) -> str:

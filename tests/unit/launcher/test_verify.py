@@ -87,7 +87,7 @@ def test_damage_is_named_and_what_is_used_instead(files: RunFiles) -> None:
     assert "has no manifest.json" in rows["step-00000030"]
     assert rows["step-00000010"].endswith("whole")
     assert closing(result) == (
-        "The next start goes on from step-00000010. Damaged and lost: step-00000020, step-00000030; restore the files "
+        "The next start goes on from step-00000010. Not whole: step-00000020, step-00000030; restore the files "
         "from a copy if there is one."
     )
     assert not result.passed
