@@ -16,6 +16,10 @@ from typing import Literal
 SHUTDOWN_SECONDS = 300
 """Time that a torch-elastic agent leaves its ranks to save after SIGTERM before it kills them (its default: 30)."""
 
+MONITOR_SECONDS = 0.5
+"""Time between two looks of the agent at its ranks (its default: 0.1). When it collects a dead one, the kernel forgets
+what it died of: until then `trimtab`, which is woken at once, must have asked."""
+
 MULTI_NODE_PORT = 29500
 """Where the ranks of several machines meet. On one machine a free port is found at each start."""
 
@@ -108,7 +112,7 @@ def environment(layout: Layout) -> dict[str, str]:
 
 def accelerate_argv(run: Path, python: str = sys.executable, module: str = "trainer") -> list[str]:
     """`accelerate launch` of `module` with this Python, whatever is on the PATH."""
-    launcher = [python, "-m", "accelerate.commands.launch"]
+    launcher = [python, "-m", "accelerate.commands.launch", "--monitor_interval", str(MONITOR_SECONDS)]
     return [*launcher, "--config_file", str(run / "accelerate.yaml"), "-m", module, str(run)]
 
 

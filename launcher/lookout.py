@@ -158,8 +158,8 @@ class Lookout:
         return alarm
 
     def _meet(self, agent: int) -> None:
-        """Wait, in a thread each, for the death of ranks that were not seen before: the agent collects the dead within
-        0.1 s, and only until then the kernel says what they died of."""
+        """Wait, in a thread each, for the death of ranks that were not seen before: the agent soon collects the dead,
+        and only until then the kernel says what they died of."""
         for pid in children_of(agent):
             if pid in self._pids or (rank := _rank_of(pid)) is None:
                 continue

@@ -134,7 +134,8 @@ def _cause(ended: local.Ended, death: Death | None, outcome: Outcome | None) -> 
     if ended.stop_requested is None:
         if ended.exit_code > 128:
             return f"the agent of the ranks was killed by {signal_in_words(ended.exit_code - 128)}"
-        if death and death.status is not None and death.status < 0:
+        if death and (death.status is None or death.status < 0):
+            # it could not say so itself, and what others say is that they miss it
             return str(death)
     if outcome and outcome.get("message"):
         return str(outcome["message"])

@@ -3,6 +3,7 @@ nothing happened; what crashes every time is given up; and nothing is ever left 
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 
@@ -36,13 +37,16 @@ def test_killed_and_stopped_in_turn_it_ends_with_the_same_bits(prepared: Workspa
 
     code, output = prepared.trimtab("run", *options)
     assert code == 0, output
-    killed = "rank 1 was killed by signal 9 (SIGKILL; out of memory?)"
-    assert f"{killed}: starting again now from step-00000010" in output
+    # on a machine with much else to do the agent can collect it before anybody has seen what it died of
+    killed = re.search(
+        r"(rank 1 (?:was killed by signal 9 \(.*\)|died)): starting again now from step-00000010", output
+    )
+    assert killed, output
     assert "from rank 0 (computing, step 23; stopped by a signal)" in output
     assert "starting again now from step-00000020" in output
     started = [record for record in prepared.ledger("small") if record["kind"] == "start"]
     assert [record["start"] for record in started] == [1, 2, 3, 4]
-    assert [(record["relaunched"] or {"reason": None})["reason"] for record in started][:3] == [None, None, killed]
+    assert [(record["relaunched"] or {"reason": None})["reason"] for record in started][:3] == [None, None, killed[1]]
     stacks = [path.read_text() for path in sorted((run / "hangs").glob("*/rank-*.txt"))]
     assert ["stopped by a signal" in text.splitlines()[0] for text in stacks] == [True, False]
     assert all("loop.py" in text for text in stacks)

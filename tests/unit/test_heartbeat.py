@@ -136,8 +136,8 @@ from trainer import heartbeat
 heartbeat._BACKSTOP_SECONDS = 0.5
 def here_it_stands():
     {stand}
-watched = heartbeat.watch_yourself(heartbeat.NoHeartbeat(), 1.5, Path(sys.argv[1] if len(sys.argv) > 1 else "."), 2)
-for step in range(40):
+watched = heartbeat.watch_yourself(heartbeat.NoHeartbeat(), 2.5, Path(sys.argv[1] if len(sys.argv) > 1 else "."), 2)
+for step in range({beats}):
     watched.beat("computing", step)
     threading.Event().wait(0.05)
 print("it lives on as long as it beats", flush=True)
@@ -146,12 +146,12 @@ here_it_stands()
 
 
 def test_a_rank_that_hangs_ends_itself_and_says_where_it_stood(tmp_path: Path) -> None:
-    code = WATCHDOG.format(stand="threading.Event().wait()").replace('"."', repr(str(tmp_path)))
+    code = WATCHDOG.format(stand="threading.Event().wait()", beats=60).replace('"."', repr(str(tmp_path)))
     process = start(code)
     assert line_of(process) == "it lives on as long as it beats"
     said = process.communicate()[0]
     assert process.returncode == 1
-    matched = re.search(r"rank 2 showed no sign of life for \d+ s \(computing, step 39\).*; stacks: (.+)\n", said)
+    matched = re.search(r"rank 2 showed no sign of life for \d+ s \(computing, step 59\).*; stacks: (.+)\n", said)
     assert matched, said
     path = Path(matched[1])
     assert path.parent.parent == tmp_path
@@ -159,7 +159,7 @@ def test_a_rank_that_hangs_ends_itself_and_says_where_it_stood(tmp_path: Path) -
 
 
 def test_a_rank_that_hangs_holding_pythons_lock_ends_too(tmp_path: Path) -> None:
-    process = start(WATCHDOG.format(stand="ctypes.PyDLL(None).pause()").replace('"."', repr(str(tmp_path))))
+    process = start(WATCHDOG.format(stand="ctypes.PyDLL(None).pause()", beats=1).replace('"."', repr(str(tmp_path))))
     said = process.communicate()[0]
     assert process.returncode == 1
     assert "in here_it_stands" in said
