@@ -322,6 +322,12 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"step 1 could not be written: rank 0: .*Not a directory"):
         make_store(tmp_path / "checkpoints").save(make_state(1), make_manifest(1))
+    released: list[int] = []
+    store = make_store(tmp_path / "checkpoints")
+    store.begin(make_state(1), make_manifest(1), release=lambda: released.append(1))
+    assert isinstance(store.drain(), Failed)
+    # nothing was ever written, and what waits for it must go on all the same
+    assert released == [1]
 
 
 def test_an_error_that_nobody_thought_of_is_told_too(tmp_path: Path) -> None:

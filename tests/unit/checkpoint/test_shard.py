@@ -76,8 +76,9 @@ def test_tensors_of_many_chunks_and_views_of_shared_memory(tmp_path: Path) -> No
     assert same(read_shard(tmp_path, entries, 3), ({name: t.detach() for name, t in state[0].items()}, {}))
 
 
-def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
-    """In its order, where a tensor need not begin at a multiple of its size."""
+@pytest.mark.parametrize("padding", range(4))
+def test_a_tensor_need_not_begin_at_a_multiple_of_its_size(tmp_path: Path, padding: int) -> None:
+    """As other programs may write it."""
     odd = {"a": torch.tensor([1], dtype=torch.uint8), "b": torch.randn(3), "c": torch.randn(2, 2).bfloat16()}
     header, data = {}, b""
     for name, tensor in odd.items():
@@ -85,7 +86,7 @@ def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
         kind = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode() + b" " * padding
     (tmp_path / "rank-00000.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     (tmp_path / "rank-00000.json").write_text("{}")
     entries = [entry_of(tmp_path / f"rank-00000.{kind}") for kind in ("safetensors", "json")]
