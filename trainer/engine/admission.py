@@ -35,6 +35,8 @@ IMPLEMENTATION = frozenset(
     {"foreach", "fused", "capturable", "differentiable", "bias_correction", "decoupled_weight_decay"}
 )
 """Entries of a group that say how Adam is computed, not what: they stay as this start built them."""
+SWITCHES = frozenset({"amsgrad", "maximize"})
+"""Off where an implementation of Adam does not know them."""
 
 
 def admit(
@@ -104,14 +106,16 @@ def restored_hyperparameters(live: Mapping[str, Any], saved: Mapping[str, Any]) 
     """
     restored = {}
     for key, value in saved.items():
-        if key in IMPLEMENTATION:
+        if key in IMPLEMENTATION or (key in SWITCHES and key not in live and value is False):
             continue
         value = tuple(value) if isinstance(value, list) else value
         if key == "params" or key not in live or not _alike(live[key], value):
             raise _foreign(f"the hyperparameter {key!r} = {value!r}")
         restored[key] = value
     for key, value in live.items():
-        if key not in IMPLEMENTATION and key not in restored and isinstance(value, int | float | str | tuple):
+        if key in IMPLEMENTATION or key in restored or (key in SWITCHES and value is False):
+            continue
+        if isinstance(value, int | float | str | tuple):
             raise CheckpointError(f"the checkpoint lacks the hyperparameter {key!r} of a group; use another checkpoint")
     return restored
 

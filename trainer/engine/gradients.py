@@ -101,7 +101,8 @@ class Shards(ABC):
         if isinstance(self.inner, torch.optim.AdamW) and key == "step":
             fused = self.inner.defaults.get("fused") or self.inner.defaults.get("capturable")
             return torch.tensor(float(value), dtype=torch.float32, device=flat.device if fused else "cpu")
-        return value
+        # DeepSpeed's CPU Adam counts in whole numbers
+        return int(value) if key == "step" else value
 
 
 class ReplicatedShards(Shards):

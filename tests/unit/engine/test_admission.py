@@ -105,6 +105,20 @@ def test_tensors_that_are_missing_are_named(name: str) -> None:
         judge({key: value for key, value in TENSORS.items() if key != name}, NUMBERS)
 
 
+CPU_ADAM = {"lr": 0.2, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "name": "decay"}
+TORCH_ADAM = CPU_ADAM | {"maximize": False, "fused": True, "foreach": None, "decoupled_weight_decay": True}
+
+
+def test_implementations_of_adam_go_on_with_each_other() -> None:
+    cpu = CPU_ADAM | {"bias_correction": True}
+    for ours, saved in ((cpu, TORCH_ADAM), (TORCH_ADAM, cpu)):
+        assert restored_hyperparameters({"params": [], **ours, "lr": 0.0}, saved) == CPU_ADAM
+    with pytest.raises(CheckpointError, match="the hyperparameter 'maximize' = True"):
+        restored_hyperparameters(cpu, TORCH_ADAM | {"maximize": True})
+    with pytest.raises(CheckpointError, match="lacks the hyperparameter 'maximize'"):
+        restored_hyperparameters(TORCH_ADAM | {"maximize": True}, cpu)
+
+
 VALUES = (
     st.none()
     | st.booleans()
