@@ -1,7 +1,7 @@
 """A fast tier: each rank keeps its newest shards in the memory of its node, so that a crashed process goes on from
 there without the shared disk.
 
-    /dev/shm/trimtab-UID/RUN/rank-NNNNN/step-NNNNNNNN/     the rank's two files and a manifest of them
+    /dev/shm/trimtab-UID/RUN-PLACE/rank-NNNNN/step-NNNNNNNN/     the rank's two files and a manifest of them
 
 Nothing of it survives the node. A copy counts only if every rank has its own of the same moment, whole.
 """
@@ -15,6 +15,8 @@ import stat
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+
+import xxhash
 
 from trainer.checkpoint.folder import Say
 from trainer.checkpoint.manifest import (
@@ -44,6 +46,7 @@ class MemoryTier:
     Args:
         stage: ZeRO stage; copies are not converted.
         folder: below which the user's own folder lies.
+        place: directory of the run: a copy of it elsewhere, which has the same identity, has memory of its own.
         ranks_on_node: that share this node's memory; None: as the launcher says.
         say: told what a person must hear (level, text), from any thread.
     """
@@ -55,6 +58,7 @@ class MemoryTier:
         rank: int,
         world_size: int,
         stage: int,
+        place: Path | None = None,
         fence: Fence = NO_FENCE,
         ranks_on_node: int | None = None,
         moment: Moment = nothing,
@@ -67,6 +71,8 @@ class MemoryTier:
         run = fence.run or f"unnamed-{os.getpid()}"
         if re.fullmatch(r"[A-Za-z0-9_-]+", run) is None:
             raise CheckpointError(f"{run!r} is no identity of a run")
+        if place is not None:
+            run += f"-{xxhash.xxh3_64_hexdigest(str(place.resolve()))}"
         self._run = self._base / run
         self.folder = self._run / f"rank-{rank:05d}"
         self._on_node = ranks_on_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

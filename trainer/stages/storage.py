@@ -22,7 +22,7 @@ from trainer.engine.injection import Injector
 from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_shape, write_state
 from trainer.engine.zero import Engine
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, TrimtabError
 from trainer.recovery import Notes
 from trainer.stages.build import Setting
 from trainer.telemetry.recorder import Level
@@ -78,6 +78,7 @@ class Storage:
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 stage=engine.stage,
+                place=setting.files.root,
                 fence=setting.fence,
                 say=say,
             )
@@ -146,16 +147,12 @@ class Storage:
 
     def _from_memory(self, newer_than: int) -> tuple[str, Manifest, State] | None:
         """The copy in the memory of the nodes, where it is newer than what lies on disk."""
-        if self.memory is None:
-            return None
-        step = self.memory.newest()
-        if step is None or step <= newer_than:
-            return None
-        loaded = self.memory.load(step, beat=self._beat)
-        if loaded is None:
-            return None
-        self._say("info", f"going on from the copy of step {step} in the memory of the nodes")
-        return f"the copy of step {step} in memory", *loaded
+        while self.memory is not None and (step := self.memory.newest()) is not None and step > newer_than:
+            # a damaged one is said and dropped by then
+            if (loaded := self.memory.load(step, beat=self._beat)) is not None:
+                self._say("info", f"going on from the copy of step {step} in the memory of the nodes")
+                return f"the copy of step {step} in memory", *loaded
+        return None
 
     def _check(self, name: str, manifest: Manifest) -> None:
         if manifest.config_fingerprint != fingerprint(self._setting.config):
@@ -169,9 +166,15 @@ class Storage:
 
     def _goes_on(self, start: int, step: int) -> None:
         """From now on this is the history of the run: whatever else lies there does not belong to it."""
+        box: list[TrimtabError | None] = [None]
         if self._setting.ranks.is_first:
-            self._setting.fence.resumed(start, step)
-        dist.barrier()
+            try:
+                self._setting.fence.resumed(start, step)
+            except TrimtabError as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is not None:
+            raise box[0]
         self.store.abandon_after(step)
         if self.memory is not None:
             self.memory.abandon_after(step)
