@@ -72,7 +72,7 @@ class MemoryTier:
         if re.fullmatch(r"[A-Za-z0-9_-]+", run) is None:
             raise CheckpointError(f"{run!r} is no identity of a run")
         if place is not None:
-            run += f"-{xxhash.xxh3_64_hexdigest(str(place.resolve()))}"
+            run += f"-{xxhash.xxh3_64_hexdigest(os.fsencode(place.resolve()))}"
         self._run = self._base / run
         self.folder = self._run / f"rank-{rank:05d}"
         self._on_node = ranks_on_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
