@@ -78,7 +78,7 @@ def drill(
     stage = config.zero.stage
     chosen = choose((*catalogue(steps, ranks, stage, before), *process_catalogue(steps, ranks)), wanted)
     inside = [each for each in chosen if not each.of_processes]
-    outside = _possible([each for each in chosen if each.of_processes], request.config, say)
+    outside = possible([each for each in chosen if each.of_processes], request.config, say)
     for warning in request.warnings:
         say(f"warning: {warning}")
     start.require_startable(config)
@@ -101,7 +101,7 @@ def drill(
     return {"root": str(root), **report}
 
 
-def _possible(exercises: Sequence[Exercise], config: RunConfig, say: start.Say) -> list[Exercise]:
+def possible(exercises: Sequence[Exercise], config: RunConfig, say: start.Say) -> list[Exercise]:
     """Those that `trimtab run` can end well with this config; the others are said."""
     if config.supervision.hang_seconds is not None:
         return list(exercises)

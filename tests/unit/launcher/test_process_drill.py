@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.drill import closing, drill_config, passed, tables
+from launcher.drill import closing, drill_config, passed, possible, tables
 from launcher.process_drill import OUTPUT, Ran, assess, process_config, table, watched
 from trainer.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from trainer.config.load import load_config
@@ -139,6 +139,15 @@ def test_nobody_waits_for_a_hang_longer_than_need_be(clean: Ran) -> None:
     slow = Ran(clean.root, clean.outcomes, 39 + 20.5)
     assert watched(short(), slow).supervision.hang_seconds == 62
     assert watched(short("supervision.hang_seconds=40"), slow).supervision.hang_seconds == 40
+
+
+def test_a_hang_that_nobody_would_notice_is_left_out_and_said() -> None:
+    exercises, told = process_catalogue(40, 2), list[str]()
+    assert possible(exercises, short(), told.append) == list(exercises)
+    assert told == []
+    left = possible(exercises, short("supervision.hang_seconds=null"), told.append)
+    assert [each.name for each in exercises if each not in left] == ["stop-rank"]
+    assert "supervision.hang_seconds is off" in told[0]
 
 
 def test_what_is_said_is_kept_though_files_cannot_grow(tmp_path: Path) -> None:
