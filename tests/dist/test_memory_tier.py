@@ -177,6 +177,7 @@ def roll_back(rank: int, world_size: int, root: Path, number: int, run: str) -> 
     tier.begin(state(3, rank), manifest(3, world_size))
     # waits for what is in flight by itself
     tier.abandon_after(2)
+    assert not tier.in_flight
     left = tier.newest()
     tier.clear()
     return left, tier.newest(), (root / "shm").exists(), tier.folder.exists()

@@ -76,8 +76,7 @@ class CheckpointStore:
         self._shard = 0 if replicated else rank
         self._fence = fence
         self._moment = moment
-        self._say: Say = say if rank == 0 else nothing
-        self._directories = Folder(folder, self._fence, keep=keep, keep_every=keep_every, say=self._say)
+        self._directories = Folder(folder, self._fence, keep=keep, keep_every=keep_every, say=say)
         self._writer = Writer("checkpoint")
         self._writing: Path | None = None
         # the threads talk beside the training: in a group of their own nothing gets out of order
