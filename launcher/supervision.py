@@ -14,12 +14,12 @@ from typing import Any
 from launcher import local
 from launcher.lookout import Death, Lookout, beats_folder, signal_in_words
 from launcher.relaunch import Ending, Leave, Relaunch, decide
-from launcher.run_directory import read_outcome
+from launcher.run_directory import read_outcome, write_atomically
 from trainer import starts
 from trainer.checkpoint.manifest import name_of, step_of
 from trainer.config.files import RunFiles
 from trainer.config.schema import SupervisionConfig
-from trainer.errors import SUPERVISED, ExitCode
+from trainer.errors import SUPERVISED, ExitCode, RunDirectoryError
 from trainer.heartbeat import FOLDER_VARIABLE, RELAUNCHED_VARIABLE
 
 Outcome = dict[str, Any]
@@ -66,7 +66,7 @@ def see_through(job: Job, config: SupervisionConfig, say: Say) -> Outcome:
             endings.append(Ending(str(outcome["reason"]), position(files), ended.stop_requested is not None))
             decision = decide(began_at, endings, config)
             if isinstance(decision, Leave):
-                return _final(outcome, decision.why)
+                return _noted(files, _final(outcome, decision.why))
             say(f"{why}: {_in_words(decision, position(files), config)}")
             if (request := requests.wait(decision.after_seconds)) is not None:
                 return _stopped(f"stopped by {local.words_of(request)} before it was started again ({why}); {GOES_ON}")
@@ -79,6 +79,17 @@ def _final(outcome: Outcome, why: str) -> Outcome:
     if outcome["reason"] != "crashed":
         return outcome
     return outcome | {"message": "; ".join(text for text in (outcome["message"], why, GOES_ON) if text)}
+
+
+def _noted(files: RunFiles, outcome: Outcome) -> Outcome:
+    """The outcome; ranks that were killed could not write it down, so this does: else the run would seem to go on."""
+    if outcome["reason"] == "crashed" and read_outcome(files.root) is None:
+        step = position(files)
+        about = {"step": step, "checkpoint": f"checkpoints/{name_of(step)}" if step else None, "held_out_loss": None}
+        text = json.dumps({**outcome, **about, "start": starts.newest(files)}, indent=1, ensure_ascii=False)
+        with contextlib.suppress(RunDirectoryError):
+            write_atomically(files.outcome, text)
+    return outcome
 
 
 def _in_words(decision: Relaunch, step: int, config: SupervisionConfig) -> str:

@@ -114,6 +114,8 @@ class Saver:
         self._request: _Request | None = None
         self._result: Saved | Failed | None = None
         self._num_failed = 0
+        self._owed = False
+        """There is nothing on disk that could be gone on from: save at the next step."""
         self._clean_steps = clean_steps
         self._num_clean = 0
         self._unproven = [resumed.step] if resumed is not None else []
@@ -129,7 +131,7 @@ class Saver:
             SupersededError: a newer start of the run has taken over.
         """
         every, memory_every = self._config.every, self._config.memory_every
-        if every and position.step % every == 0:
+        if every and (position.step % every == 0 or self._owed):
             self._begin(position)
         elif self._memory is not None and memory_every and position.step % memory_every == 0:
             self._begin_in_memory(self._memory, position)
@@ -188,6 +190,8 @@ class Saver:
         self._num_clean = 0
         if self._saved is not None and self._saved.step > step:
             self._saved = None
+        # killed before the next save, the run would begin anew
+        self._owed = self._store.newest() is None
 
     def close(self) -> None:
         """End the threads; what is in flight is given up."""
@@ -274,6 +278,7 @@ class Saver:
         request, self._request = self._request, None
         if isinstance(result, Saved):
             self._num_failed = 0
+            self._owed = False
             self._saved = request.position if request else None
             self._unproven.append(result.step)
         elif isinstance(result, Failed):

@@ -251,3 +251,24 @@ def test_a_rollback_takes_back_what_was_saved_after_it(two_ranks: RankPool, tmp_
         assert left == [2]
         assert steps == [2, 4]
         assert attempt == 4
+
+
+def left_with_nothing(rank: int, world_size: int, config: RunConfig, folder: Path) -> Any:
+    training = Training(config, rank, world_size, folder, lambda name, path: None)
+    for _ in range(4):
+        training.step()
+    training.saver.settle()
+    training.saver.went_back(2)
+    training.position = Position(2, 4, 2)
+    for _ in range(2):
+        training.step()
+    training.saver.settle()
+    torch.distributed.barrier()
+    training.close()
+    return committed_steps(folder)
+
+
+def test_with_nothing_left_on_disk_the_next_step_is_saved(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = make_config(checkpoint={"every": 4, "keep": 9})
+    for steps in two_ranks(left_with_nothing, config=config, folder=tmp_path / "c"):
+        assert steps == [3, 4]

@@ -60,3 +60,7 @@ def test_a_run_that_crashes_every_time_is_given_up(prepared: Workspace) -> None:
     assert code == 1, output
     assert "starting again in 0.1 s from the beginning (1 of 1 without a new checkpoint)" in output
     assert "gave up: 2 starts in a row brought no new checkpoint (supervision.restarts=1)" in output
+    outcome = prepared.outcome("small")
+    assert (outcome["reason"], outcome["exit_code"], outcome["start"]) == ("crashed", 1, 2)
+    code, output = prepared.trimtab("status")
+    assert "crashed" in output

@@ -259,7 +259,7 @@ class SupervisionConfig(Section):
     """When `trimtab run` starts ranks again, and when it gives up."""
 
     restarts: NonNegativeInt = 3
-    """Starts in a row that may crash without a new checkpoint; then the run ends as crashed. 0: never start again."""
+    """Restarts in a row without a new checkpoint; then the run ends as crashed. 0: never start again."""
     backoff_seconds: NonNegativeFloat = 5.0
     """Wait before the second start in a row without progress; doubles each time, at most 5 minutes. After progress
     there is no wait."""

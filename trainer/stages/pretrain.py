@@ -187,6 +187,9 @@ class Pretraining:
             manifest = self.resumed.manifest
             position = Position(manifest.step, manifest.attempt, manifest.next_batch)
             self.guard.restore(self.resumed.guard["history"], self.resumed.guard["ladder"])
+            shape = self.setting.ranks.world_size, self.engine.stage
+            if (manifest.world_size, manifest.stage) != shape and (lost := self.guard.forget_ranks()):
+                self._say("warning", lost)
             for first, last in manifest.quarantine:
                 self._excluded = self._excluded.with_range(first, last)
         # the ledger may have seen attempts after the checkpoint, or before the first; rank 0 reads it for all

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.checkpoint.elastic import Shape
-from trainer.checkpoint.manifest import Manifest, step_of
+from trainer.checkpoint.manifest import Manifest, read_manifest, step_of
 from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.store import CheckpointStore
 from trainer.config.memory import copies, shortage, snapshot_bytes
@@ -22,7 +24,7 @@ from trainer.engine.injection import Injector
 from trainer.engine.snapshot import SnapshotRing
 from trainer.engine.state import read_shape, write_state
 from trainer.engine.zero import Engine
-from trainer.errors import CheckpointError, TrimtabError
+from trainer.errors import CheckpointError, DamagedError, TrimtabError
 from trainer.recovery import Notes
 from trainer.stages.build import Setting
 from trainer.telemetry.recorder import Level
@@ -74,13 +76,15 @@ class Storage:
         )
         self.memory: MemoryTier | None = None
         if config.checkpoint.memory_every is not None:
+            # of each rank's own memory: the others' ledger is rank 0's
+            own_say = say if ranks.is_first else lambda _level, text: print(text, file=sys.stderr, flush=True)
             self.memory = MemoryTier(
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 stage=engine.stage,
                 place=setting.files.root,
                 fence=setting.fence,
-                say=say,
+                say=own_say,
             )
         self._shape = Shape(**read_shape(engine))
         self._beat = partial(setting.heartbeat.beat, "loading")
@@ -94,6 +98,10 @@ class Storage:
         began = time.perf_counter()
         self._beat()
         newest = self.store.newest()
+        if newest is not None:
+            # before anything of it is read; a manifest that is damaged is dealt with below
+            with contextlib.suppress(DamagedError):
+                self._check(newest.name, read_manifest(newest))
         found = self._from_memory((step_of(newest.name) if newest else None) or 0)
         if found is None:
             on_disk = self.store.load_newest(self._shape, beat=self._beat)
