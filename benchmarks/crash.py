@@ -43,6 +43,8 @@ from trainer.telemetry.ledger import read_ledger, standing  # noqa: E402
 
 SAVING_SHARE = 0.35
 """Of the kills: those that wait for a checkpoint that is being written."""
+SECONDS_OF_TRAINING = 8.0
+"""Within so many, after the time that a start takes, a kill at any instant comes: a run meets many of them."""
 VICTIMS = ("rank", "rank", "ranks and agent", "everything")
 DEAD_WITHIN_SECONDS = 30.0
 
@@ -387,10 +389,10 @@ class Campaign:
         start = next(record for record in records if record["kind"] == "start")
         first = next(record for record in records if record["kind"] == "attempt")
         saves = [record["seconds_written"] for record in records if record["kind"] == "checkpoint"]
-        # the agent begins a few seconds before its ranks: half of all instants lie in what is no training yet
-        span = 2.5 * (first["time"] - start["began"])
-        self._say(f"ZeRO {self.stage}: first step {span / 2.5:.1f} s after the ranks began")
-        return span, statistics.median(saves)
+        starting = first["time"] - start["began"]
+        self._say(f"ZeRO {self.stage}: first step {starting:.1f} s after the ranks began")
+        # the agent itself takes a few seconds before there are ranks
+        return 1.3 * starting + SECONDS_OF_TRAINING, statistics.median(saves)
 
     def _argv(self, run: int | str) -> list[str]:
         return [sys.executable, "-m", "launcher.cli", "run", str(self.config), f"name=zero{self.stage}-{run}"]
@@ -468,7 +470,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=102, help="over all stages")
     parser.add_argument("--stages", default="1,2,3")
-    parser.add_argument("--steps", type=int, default=400, help="of a run")
+    parser.add_argument("--steps", type=int, default=1000, help="of a run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep everything here, and go on with what is there")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/crash.md")
