@@ -44,6 +44,10 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/detector.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/rollback.py
+	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/elastic.py
+	$(BIN)/python benchmarks/damage.py
+	$(BIN)/python benchmarks/crash.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
