@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.config.schema import RunConfig
 from trainer.engine.stats import digest
 from trainer.engine.zero import Engine
-from trainer.errors import RunHaltedError
+from trainer.errors import RunHaltedError, SaveFailedError
 from trainer.heartbeat import Heartbeat
 from trainer.records import Batch, Examine, Halt, Position, Replay, Rollback, Skip, Step, StepStats, Verdict
 from trainer.recovery import Recovery, Stream
@@ -108,6 +109,8 @@ def train(parts: Parts, progress: Progress) -> Ending:
         parts.saver.look(applied=applied, in_incident=guard.incident > 0, step=position.step)
         progress.position = position
         if isinstance(verdict, Halt):
+            with contextlib.suppress(SaveFailedError):
+                parts.saver.settle()
             raise RunHaltedError(verdict.reason)
         stopped = stats.stop_votes > 0 and position.step < parts.steps
         if stopped:

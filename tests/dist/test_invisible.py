@@ -80,6 +80,15 @@ class Heard(NoTelemetry):
         self.measured.append(step)
 
 
+class Settling(NoSaving):
+    """Notes that what was being written was waited for."""
+
+    settled = 0
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
 def loop(
     rank: int, world_size: int, config: RunConfig, steps: int, *, bad: tuple[int, ...] = (), start: int = 0
 ) -> dict[str, Any]:
@@ -93,14 +102,14 @@ def loop(
         can_examine=True,
         can_roll_back=True,
     )
-    stream, heard = MadeUp(config, rank, world_size, bad), Heard()
+    stream, heard, saver = MadeUp(config, rank, world_size, bad), Heard(), Settling()
     ring = SnapshotRing(engine, config.snapshots.keep)
 
     def load(step: int) -> Notes | None:
         return None
 
     recovery = Recovery(
-        engine, stream, guard, heard, NoReports(), NoSaving(), ring=ring, every=config.snapshots.every or 1, load=load
+        engine, stream, guard, heard, NoReports(), saver, ring=ring, every=config.snapshots.every or 1, load=load
     )
     parts = Parts(
         config=config,
@@ -114,7 +123,7 @@ def loop(
         stop=StopRequest(),
         learning_rate=lambda _: LR,
         evaluate=lambda _: math.nan,
-        saver=NoSaving(),
+        saver=saver,
         heartbeat=NoHeartbeat(),
     )
     halted = None
@@ -123,7 +132,13 @@ def loop(
     except RunHaltedError as error:
         halted = str(error)
     ring.close()
-    return {"weights": weights(engine), "heard": vars(heard), "halted": halted, "left_out": stream.quarantine.ranges}
+    return {
+        "weights": weights(engine),
+        "heard": vars(heard),
+        "halted": halted,
+        "left_out": stream.quarantine.ranges,
+        "settled": saver.settled,
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -168,6 +183,8 @@ def test_where_there_is_nothing_to_go_back_to_it_halts_and_says_so(two_ranks: Ra
     results = two_ranks(lost_learning_rate, config=config)
     for result in results:
         assert "no snapshot and no checkpoint of at most step" in result["halted"]
+        # before going back, and before the run ends: what was begun becomes whole
+        assert result["settled"] == 2
         assert not result["heard"]["rewinds"]
 
 

@@ -26,6 +26,7 @@ from trainer.telemetry.scalars import (
     LAYOUT,
     SECONDS_CHECKPOINT,
     SECONDS_SNAPSHOT,
+    SECONDS_WRITTEN,
     SKIPPED,
     Scalars,
 )
@@ -82,7 +83,8 @@ class TensorBoardView:
             case "evaluation":
                 self._points(self._scalars.evaluation(record), record, survives)
             case "checkpoint":
-                self._main.scalars({SECONDS_CHECKPOINT: record["seconds"]}, record["step"], record["time"])
+                values = {SECONDS_CHECKPOINT: record["seconds"], SECONDS_WRITTEN: record["seconds_written"]}
+                self._main.scalars(values, record["step"], record["time"])
             case "snapshot":
                 self._main.scalars({SECONDS_SNAPSHOT: record["seconds"]}, record["step"], record["time"])
             case "incident":
