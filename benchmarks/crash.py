@@ -302,7 +302,10 @@ def ways_back(root: Path, kills: Sequence[Kill]) -> list[Way]:
         own = [record for record in records if before < record["time"] <= kill.time]
         steps = [record["step"] for record in own if record["kind"] == "attempt" and record["applied"]]
         following = [record for record in records if kill.time < record["time"]]
-        start = next(record for record in following if record["kind"] == "start")
+        start = next((record for record in following if record["kind"] == "start"), None)
+        if start is None:
+            # the run had completed: its processes were killed on their way out
+            continue
         resumed = int(start["resumed_step"])
         assert resumed >= kill.newest, f"{root}: went on from step {resumed}, and step {kill.newest} was saved; {kill}"
         noticing = launching = loading = stepping = None
