@@ -124,8 +124,9 @@ def load(rank: int, world_size: int, folder: Path, replicated: bool) -> str:
 
 
 def test_keeps_the_newest_and_forgets_the_rest(two_ranks: RankPool, tmp_path: Path) -> None:
-    two_ranks(save_steps, config=make_config(), folder=tmp_path, steps=[1, 2, 3, 3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    two_ranks(save_steps, config=make_config(), folder=tmp_path, steps=[1, 2, 3, 4, 4])
+    # the first is the next to be proven healthy
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (1, 3, 4)]
 
 
 def test_a_damaged_shard_is_named_on_every_rank(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_failed_save_is_said_and_training_goes_on(two_ranks: RankPool, tmp_pat
     results = two_ranks(refused_writes, config=config, folder=tmp_path / "c", refused=[4, 6])
     for step, ended, saved, messages, steps in results:
         assert (step, ended, saved) == (9, None, [2, 8, 9])
-        assert steps == [8, 9]
+        assert steps == [2, 8, 9], "the first one stays until it or a later one is proven healthy"
         assert [text[:26] for text in messages] == ["error: no checkpoint at st"] * 2
         for part in ("step 4", "rank 1", "No space left"):
             assert part in messages[0]

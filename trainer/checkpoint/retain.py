@@ -18,11 +18,12 @@ class Kept:
 def doomed(checkpoints: Sequence[Kept], keep: int, keep_every: int | None = None) -> list[int]:
     """Steps of the checkpoints to delete, ascending.
 
-    Permanent ones, at multiples of `keep_every`, always stay. Of the others, the rolling ones, `keep` stay: the newest
-    of all, then healthy ones before others, newer before older. The newest healthy one of all stays beyond that.
+    Permanent ones, at multiples of `keep_every`, always stay. Of the others, the rolling ones, the newest `keep` stay;
+    beyond them the newest healthy one of all, and the oldest one after it: the next to be proven. Without that one, a
+    run that saves more often than health is proven would go on with its first healthy checkpoint for ever.
     """
-    newest = max((one.step for one in checkpoints), default=None)
     safe = max((one.step for one in checkpoints if one.healthy), default=None)
-    rolling = [one for one in checkpoints if not (keep_every and one.step % keep_every == 0)]
-    ranked = sorted(rolling, key=lambda one: (one.step == newest, one.healthy, one.step), reverse=True)
-    return sorted(one.step for one in ranked[keep:] if one.step not in (newest, safe))
+    unproven = [one.step for one in checkpoints if not one.healthy and (safe is None or one.step > safe)]
+    stay = {safe, min(unproven, default=None)}
+    rolling = sorted((one.step for one in checkpoints if not (keep_every and one.step % keep_every == 0)), reverse=True)
+    return sorted(step for step in rolling[keep:] if step not in stay)

@@ -242,7 +242,7 @@ class CheckpointConfig(Section):
     every: PositiveInt | None = 500
     """Steps between checkpoints; there is always one at the end and when asked to stop. None: only then."""
     keep: PositiveInt = 2
-    """Rolling checkpoints kept: the newest, then healthy ones before others. The newest healthy one always stays."""
+    """Newest checkpoints kept; beyond them the newest healthy one, and the next that is to be proven healthy."""
     keep_every: PositiveInt | None = None
     """Steps between checkpoints that stay for good (a multiple of `every`). None: none does."""
     background: bool = True

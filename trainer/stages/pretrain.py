@@ -85,7 +85,8 @@ class Pretraining:
         self.reports = self._open_reports()
         self.stream: Stream = poisoned(self._open_stream(), faults, setting.prepared.vocabulary)
         for fault in faults:
-            self.telemetry.message("warning", f"put into this run on purpose: {fault}")
+            if any(strike.start in (None, self._start) or strike.every_time for strike in fault.strikes):
+                self.telemetry.message("warning", f"put into this run on purpose: {fault}")
 
     def run(self) -> Ending:
         """Train to the end or until asked to stop."""

@@ -68,7 +68,7 @@ def test_a_superseded_start_commits_nothing_and_deletes_nothing(files: RunFiles)
     with pytest.raises(SupersededError):
         older.save(make_state(2), make_manifest(2))
     older.abandon_after(0)
-    assert there(files.checkpoints) == ["2"]
+    assert there(files.checkpoints) == ["1", "2"]
     assert read_manifest(files.checkpoints / name_of(2)).start == 2
 
 
@@ -208,7 +208,9 @@ def test_healthy_ones_stay_also_where_they_are_marked_before_the_commit(tmp_path
 
 
 def test_permanent_ones_stay(tmp_path: Path) -> None:
-    save_steps(make_store(tmp_path, keep=1, keep_every=3), *range(1, 9))
+    store = make_store(tmp_path, keep=1, keep_every=3)
+    store.mark_healthy(8)
+    save_steps(store, *range(1, 9))
     assert there(tmp_path) == ["3", "6", "8"]
 
 
@@ -241,6 +243,7 @@ for after in range(1, 99):
         assert any(same(state, make_state(seed)) for seed in (1, 7, 2))
         store = make_store(folder, keep=1, fence=_Second())
         store.clean()
+        store.mark_healthy(3)
         store.save(make_state(3), make_manifest(3))
         assert there(folder) == ["3"]
     assert seen == {(1, 1), (1, 7), (2, 2)}
@@ -280,10 +283,12 @@ def test_a_deletion_that_is_cut_short_leaves_no_half_under_a_valid_name(
     store = make_store(tmp_path, said, keep=1)
     save_steps(store, 1)
     monkeypatch.setattr(shutil, "rmtree", cut_short)
+    store.mark_healthy(2)
     save_steps(store, 2)
     assert there(tmp_path) == ["1.removed", "2"]
     assert said == [("warning", "an old checkpoint could not be deleted and takes up space: cut short")]
     monkeypatch.setattr(shutil, "rmtree", rmtree)
+    store.mark_healthy(3)
     save_steps(store, 3)
     assert there(tmp_path) == ["3"]
 

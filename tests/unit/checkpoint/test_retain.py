@@ -17,16 +17,20 @@ def kept(text: str) -> list[Kept]:
 @pytest.mark.parametrize(
     ("there", "keep", "keep_every", "gone"),
     [
-        ("1 2 3", 2, None, [1]),
-        ("1h 2 3", 2, None, [2]),
+        # nothing is proven yet: the oldest will be the first
+        ("1 2 3", 2, None, []),
+        ("1 2 3 4", 2, None, [2]),
+        ("1h 2 3", 2, None, []),
+        ("1h 2 3 4 5", 2, None, [3]),
         ("1h 2h 3", 2, None, [1]),
-        ("1h 2h 3 4", 2, None, [1, 3]),
-        ("1h 2 3", 1, None, [2]),
+        ("1h 2h 3 4 5 6", 2, None, [1, 4]),
+        ("1h 2 3", 1, None, []),
         ("1h 2h 3h", 1, None, [1, 2]),
-        ("10h 20 30", 1, 20, []),
-        ("10h 20h 30", 1, 20, [10]),
-        ("20 40h 50 70", 1, 20, [50]),
-        ("10 20 30 40", 1, 20, [10]),
+        ("1h 2h 3h 4h", 3, None, [1]),
+        ("10h 20 30 50", 1, 20, [30]),
+        ("10h 20h 30 50", 1, 20, [10]),
+        ("20 40h 50 70 90", 1, 20, [70]),
+        ("20h 30 40h 50h 70", 1, 20, [30]),
         ("7", 1, None, []),
         ("", 1, None, []),
     ],
@@ -50,23 +54,30 @@ def test_what_never_goes(there: list[Kept], keep: int, keep_every: int | None) -
         assert max(one.step for one in there) not in gone
     if healthy := [one.step for one in there if one.healthy]:
         assert max(healthy) not in gone
+    left.sort(key=lambda one: one.step)
+    there = sorted(there, key=lambda one: one.step)
     rolling = [one for one in left if not keep_every or one.step % keep_every]
     assert [one.step for one in left if one not in rolling] == [
         one.step for one in there if keep_every and one.step % keep_every == 0
     ]
     total = sum(1 for one in there if not keep_every or one.step % keep_every)
-    # one more only where the newest healthy one would have had to go
-    assert min(keep, total) <= len(rolling) <= keep + 1
-    if len(rolling) > keep:
-        assert sum(one.healthy for one in rolling) == 1
+    # one more where the newest healthy one would have had to go, and one that is to be proven
+    assert min(keep, total) <= len(rolling) <= keep + 2
+    assert [one.step for one in rolling][-keep:] == sorted(
+        one.step for one in there if not keep_every or one.step % keep_every
+    )[-keep:]
     # and what was decided is final: nothing more goes when asked again
     assert doomed(left, keep, keep_every) == []
 
 
-@given(checkpoints, st.integers(1, 6))
-def test_healthy_ones_stay_before_others(there: list[Kept], keep: int) -> None:
-    gone = set(doomed(there, keep))
-    newest = max((one.step for one in there), default=None)
-    left_unhealthy = [one for one in there if one.step not in gone and not one.healthy and one.step != newest]
-    gone_healthy = [one for one in there if one.step in gone and one.healthy]
-    assert not (left_unhealthy and gone_healthy)
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 30))
+def test_the_newest_healthy_one_moves_on_however_often_is_saved(keep: int, every: int, clean: int) -> None:
+    there: dict[int, bool] = {}
+    for step in range(1, 200):
+        there = {saved: healthy or step - saved >= clean for saved, healthy in there.items()}
+        if step % every == 0:
+            there[step] = False
+            for gone in doomed([Kept(*one) for one in there.items()], keep):
+                del there[gone]
+    healthy = [step for step, proven in there.items() if proven]
+    assert max(healthy, default=0) >= 200 - 2 * (clean + every)
