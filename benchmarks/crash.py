@@ -360,7 +360,7 @@ class Campaign:
         ways: list[Way] = []
         for run in itertools.count():
             done = self._done()
-            if sum(len(kills) for kills in done.values()) >= num_kills and (run not in done or self._is_complete(run)):
+            if run not in done and sum(len(kills) for kills in done.values()) >= num_kills:
                 return ways
             if not (run in done and self._is_complete(run)):
                 self._run(run, num_kills, span, saving)
