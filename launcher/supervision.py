@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,16 +144,26 @@ def _cause(ended: local.Ended, death: Death | None, outcome: Outcome | None) -> 
     """Why a start crashed: what came first, not what it led to in other ranks."""
     if ended.alarm:
         return ended.alarm
+    said = str(outcome["message"]) if outcome and outcome.get("message") else None
     if ended.stop_requested is None:
         if ended.exit_code > 128:
             return f"the agent of the ranks was killed by {signal_in_words(ended.exit_code - 128)}"
-        if death and (death.status is None or death.status < 0):
-            # it could not say so itself, and what others say is that they miss it
+        if death and _could_not_say_so(death, said):
             return str(death)
-    if outcome and outcome.get("message"):
-        return str(outcome["message"])
+    if said:
+        return said
     how = "was killed before it could save" if ended.stop_requested else "died without saying why"
     return f"the run {how} (exit code {ended.exit_code})"
+
+
+def _could_not_say_so(death: Death, said: str | None) -> bool:
+    """Whether what an outcome says, if anything, is only that a rank misses the one that died."""
+    if death.status is None:
+        # of what is not known: what another rank says comes of it, unless it is what all know
+        other = re.match(r"rank (\d+): ", said or "")
+        return said is None or (other is not None and int(other[1]) != death.rank)
+    # the agent ends the others with SIGTERM when one has failed
+    return death.status < 0 and (death.status != -signal.SIGTERM or said is None)
 
 
 def _stopped(message: str) -> Outcome:
