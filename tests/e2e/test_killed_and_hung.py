@@ -14,13 +14,16 @@ from workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+AT_ONCE = "checkpoint.background=false"
+"""So that a checkpoint is there when the next step begins."""
+
 HARM = 'faults=["at(step=14, rank=1, start=2).kill()", "at(step=24, rank=0, start=3).stop()"]'
 
 
 def test_killed_and_stopped_in_turn_it_ends_with_the_same_bits(prepared: Workspace, uninterrupted: Workspace) -> None:
     """Start 1: trimtab and the agent are killed, with a rank stopped. Start 2: a rank is killed. 3: one is stopped."""
     run = prepared.run_dir("small")
-    options = ("config.yaml", HARM, "supervision.hang_seconds=30", "supervision.backoff_seconds=0.1")
+    options = ("config.yaml", HARM, "supervision.hang_seconds=30", "supervision.backoff_seconds=0.1", AT_ONCE)
     process = prepared.start(sys.executable, "-m", "launcher.cli", "run", *options)
     wait_for_step(process, run, 3)
     trimtab = psutil.Process(process.pid)

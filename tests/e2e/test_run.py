@@ -125,7 +125,8 @@ def test_interrupted_by_a_signal_it_goes_on_with_the_same_bits(prepared: Workspa
 def test_killed_without_warning_it_goes_on_with_the_same_bits(
     prepared: Workspace, uninterrupted: Workspace, every: int, step: int, checkpoint: int
 ) -> None:
-    command = ("run", "config.yaml", f"checkpoint.every={every}")
+    # written at once: it is there when the next step begins
+    command = ("run", "config.yaml", f"checkpoint.every={every}", "checkpoint.background=false")
     process = prepared.start(sys.executable, "-m", "launcher.cli", *command)
     wait_for_step(process, prepared.run_dir("small"), step)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
