@@ -119,7 +119,7 @@ class Saver:
         self._clean_steps = clean_steps
         self._num_clean = 0
         self._unproven = [resumed.step] if resumed is not None else []
-        """Steps of checkpoints that may turn out healthy."""
+        """Steps of checkpoints, in flight or committed, that may turn out healthy."""
         self.newest = newest
         """Name of the newest checkpoint that was committed, as far as this rank has heard."""
 
@@ -212,6 +212,7 @@ class Saver:
         notes = copy.deepcopy(self._notes())
         self._store.begin(lambda: _state_of(held, notes), self._describe(position), release=held.release)
         self._request = _Request(position, time.perf_counter() - began)
+        self._unproven.append(position.step)
 
     def _begin_in_memory(self, memory: MemoryTier, position: Position) -> None:
         if self._ring is None:
@@ -234,6 +235,7 @@ class Saver:
         self._request = _Request(position, 0.0)
         result = self._store.drain(self._beat)
         self._request = _Request(position, time.perf_counter() - began)
+        self._unproven.append(position.step)
         self._hear(result)
         self._take_in()
         if isinstance(result, Failed):
@@ -280,9 +282,9 @@ class Saver:
             self._num_failed = 0
             self._owed = False
             self._saved = request.position if request else None
-            self._unproven.append(result.step)
         elif isinstance(result, Failed):
             self._num_failed += 1
+            self._unproven = [saved for saved in self._unproven if saved != result.step]
 
 
 def _state_of(held: HeldSnapshot, notes: dict[str, Any]) -> State:

@@ -226,6 +226,21 @@ def test_a_checkpoint_is_healthy_once_clean_steps_followed_it(two_ranks: RankPoo
         assert seen == [[], [], [], [2], [2], [2], [2], [2, 4, 6], [2, 4, 6]]
 
 
+def proven_without_another(rank: int, world_size: int, config: RunConfig, folder: Path) -> Any:
+    training = Training(config, rank, world_size, folder, lambda name, path: None)
+    for _ in range(7):
+        training.step()
+    training.saver.settle()
+    torch.distributed.barrier()
+    training.close()
+    return (folder / "step-00000004" / "healthy").exists()
+
+
+def test_a_checkpoint_is_proven_before_the_next_one_is_due(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = make_config(checkpoint={"every": 4}, guard={"clean_steps": 2})
+    assert two_ranks(proven_without_another, config=config, folder=tmp_path / "c") == [True, True]
+
+
 def gone_back(rank: int, world_size: int, config: RunConfig, folder: Path) -> Any:
     training = Training(config, rank, world_size, folder, lambda name, path: None)
     for _ in range(5):
