@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.exclusive": (),
     "trainer.starts": ("trainer.config.files", "trainer.exclusive", *GROUND),
     "trainer.config": GROUND,
-    **{f"trainer.{room}": ("trainer.config", "trainer.starts", *GROUND) for room in ROOMS},
+    **{f"trainer.{room}": ("trainer.config", "trainer.starts", "trainer.exclusive", *GROUND) for room in ROOMS},
     "trainer.faults": ("trainer.engine", "trainer.config.files", *GROUND),
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
     "trainer.recovery": ("trainer.config", "trainer.saving", *GROUND, *(f"trainer.{room}" for room in ROOMS)),

@@ -27,10 +27,10 @@ from trainer.checkpoint.manifest import (
     is_healthy,
     name_of,
     read_manifest,
-    refresh,
 )
 from trainer.checkpoint.retain import Kept, doomed
 from trainer.errors import CheckpointError, DamagedError, SupersededError
+from trainer.exclusive import refresh
 from trainer.starts import Fence
 
 Level = Literal["info", "warning", "error"]

@@ -8,10 +8,9 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
-from uuid import uuid4
 
 import numpy as np
 import xxhash
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from trainer.errors import CheckpointError, DamagedError
+from trainer.exclusive import refresh
 
 MANIFEST = "manifest.json"
 HEALTHY = "healthy"
@@ -302,14 +302,6 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     if error.errno in (errno.EIO, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN):
         return DamagedError(f"{path} cannot be read ({error.strerror}); the checkpoint is damaged")
     return CheckpointError(f"{path} cannot be read ({error.strerror}); see to its permissions and its file system")
-
-
-def refresh(folder: Path) -> None:
-    """Make a network file system forget what it remembers of a folder's entries: a change of our own does that."""
-    probe = folder / f".look-{uuid4().hex}"
-    with suppress(OSError):
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        probe.unlink()
 
 
 def _checksum(manifest: Manifest) -> str:

@@ -112,8 +112,9 @@ class Pretraining:
                 ring=ring if copies(config)[1] else None,
                 describe=self._manifest,
                 notes=lambda: {"history": self.guard.history(), "ladder": self.guard.ladder()},
-                resumed=self.progress.position if self.resumed else None,
-                newest=self.resumed.name if self.resumed else None,
+                # a state that was in memory is not on disk yet
+                resumed=self.progress.position if self.resumed and self.resumed.name == self.resumed.newest else None,
+                newest=self.resumed.newest if self.resumed else None,
                 clean_steps=config.guard.clean_steps,
                 beat=partial(self.setting.heartbeat.beat, "saving"),
             )
@@ -179,7 +180,7 @@ class Pretraining:
         """Name of the newest checkpoint, as far as this rank has heard."""
         if self._saver is not None:
             return self._saver.newest
-        return self.resumed.name if self.resumed else None
+        return self.resumed.newest if self.resumed else None
 
     def _position(self) -> Position:
         """Where this start begins; guard and quarantine are as they were there. A collective."""

@@ -42,6 +42,8 @@ class Resumed:
     """Relative to the run directory, or words for a copy in memory."""
     guard: dict[str, Any]
     """Its `history` and its `ladder`."""
+    newest: str | None
+    """The newest checkpoint on disk, relative to the run directory; None: there is none yet."""
     seconds: float
     """That finding, checking and loading took."""
 
@@ -104,9 +106,9 @@ class Storage:
                 self._check(newest.name, read_manifest(newest))
         found = self._from_memory((step_of(newest.name) if newest else None) or 0)
         if found is None:
-            on_disk = self.store.load_newest(self._shape, beat=self._beat)
-            if on_disk is not None:
-                directory, manifest, state = on_disk
+            loaded = self.store.load_newest(self._shape, beat=self._beat)
+            if loaded is not None:
+                directory, manifest, state = loaded
                 found = f"checkpoints/{directory.name}", manifest, state
         if found is None:
             self._goes_on(0, 0)
@@ -121,7 +123,10 @@ class Storage:
                 f"{name} was written by {manifest.world_size} ranks in ZeRO {manifest.stage} and goes on with "
                 f"{self._shape.world_size} in ZeRO {self._shape.stage}",
             )
-        return Resumed(manifest, name, numbers["guard"], time.perf_counter() - began)
+        on_disk: str | None = name
+        if not name.startswith("checkpoints/"):
+            on_disk = f"checkpoints/{newest.name}" if newest else None
+        return Resumed(manifest, name, numbers["guard"], on_disk, time.perf_counter() - began)
 
     def load_at_most(self, step: int) -> Notes | None:
         """Put the newest checkpoint of at most `step` into the live engine, for a rollback. A collective."""
