@@ -157,7 +157,7 @@ class Saver:
             SaveFailedError: that save has failed.
             SupersededError: see :meth:`due`.
         """
-        self._settle(last=True)
+        self._settle()
         if self._saved != position:
             try:
                 self._write_now(position)
@@ -174,7 +174,8 @@ class Saver:
 
     def settle(self) -> None:
         """Wait for what is being written. A collective; raises as :meth:`due`."""
-        self._settle(last=False)
+        self._settle()
+        self._give_up_when_spent()
 
     def waited(self, seconds: float) -> None:
         """An update had to wait for the copy that is being saved."""
@@ -201,12 +202,12 @@ class Saver:
 
     def _begin(self, position: Position) -> None:
         began = time.perf_counter()
-        self._settle(last=False)
+        self.settle()
         if self._ring is None or not self._config.background:
             try:
                 self._write_now(position)
             except CheckpointError:
-                self._count_failure(last=False)
+                self._give_up_when_spent()
             return
         held = self._ring.hold(position.step)
         notes = copy.deepcopy(self._notes())
@@ -241,19 +242,16 @@ class Saver:
         if isinstance(result, Failed):
             raise CheckpointError(result.reason)
 
-    def _settle(self, *, last: bool) -> None:
+    def _settle(self) -> None:
         if self._result is None:
             self._hear(self._store.drain(self._beat))
         result = self._result
         self._take_in()
-        if isinstance(result, Failed):
-            if result.superseded:
-                raise SupersededError(result.reason)
-            self._count_failure(last=last)
+        if isinstance(result, Failed) and result.superseded:
+            raise SupersededError(result.reason)
 
-    def _count_failure(self, *, last: bool) -> None:
-        """`last`: another one follows at once, whose failure ends the run anyway."""
-        if self._num_failed > self._config.max_failures and not last:
+    def _give_up_when_spent(self) -> None:
+        if self._num_failed > self._config.max_failures:
             raise SaveFailedError(
                 f"{self._num_failed} saves in a row have failed (checkpoint.max_failures is "
                 f"{self._config.max_failures}); the last checkpoint is {self.newest or 'none'}: make room or repair "

@@ -82,7 +82,7 @@ class MemoryTier:
 
     @property
     def in_flight(self) -> bool:
-        """From :meth:`begin` until :meth:`poll` or :meth:`drain` has given the result."""
+        """From :meth:`begin` until :meth:`drain` has given the result."""
         return self._writer.in_flight
 
     @property
@@ -96,10 +96,6 @@ class MemoryTier:
         """Begin to copy this rank's state, in a thread; arguments as in :meth:`CheckpointStore.begin`."""
         manifest = manifest.model_copy(update={"run": self._fence.run, "start": self._fence.number})
         self._writer.begin(manifest.step, lambda: self._work(state, manifest, release))
-
-    def poll(self) -> Saved | Failed | None:
-        """The result of a write that has ended, once; never waits. Of this rank alone."""
-        return self._writer.poll()
 
     def drain(self, beat: Callable[[], None] = nothing) -> Saved | Failed | None:
         """Wait for the write in flight; the result is this rank's alone. None: it was taken already."""

@@ -97,6 +97,7 @@ class Pretraining:
     def parts(self) -> Iterator[Parts]:
         """What the loop works with; threads and buffers end with the context."""
         config = self.setting.config
+        snapshots, saving = copies(config)
         with ExitStack() as stack:
             stack.callback(self.reports.close)
             stack.callback(self.stream.close)
@@ -109,11 +110,11 @@ class Pretraining:
                 self.telemetry,
                 config=config.checkpoint,
                 memory=self.storage.memory,
-                ring=ring if copies(config)[1] else None,
+                ring=ring if saving else None,
                 describe=self._manifest,
                 notes=lambda: {"history": self.guard.history(), "ladder": self.guard.ladder()},
                 # a state that was in memory is not on disk yet
-                resumed=self.progress.position if self.resumed and self.resumed.name == self.resumed.newest else None,
+                resumed=self.progress.position if self.resumed and not self.resumed.from_memory else None,
                 newest=self.resumed.newest if self.resumed else None,
                 clean_steps=config.guard.clean_steps,
                 beat=partial(self.setting.heartbeat.beat, "saving"),
@@ -127,7 +128,7 @@ class Pretraining:
                 self.reports,
                 saver,
                 ring=ring,
-                every=config.snapshots.every if copies(config)[0] else None,
+                every=config.snapshots.every if snapshots else None,
                 load=self.storage.load_at_most,
             )
             yield Parts(
@@ -289,8 +290,6 @@ class Pretraining:
 
     def _manifest(self, position: Position) -> Manifest:
         return Manifest(
-            run=self.setting.fence.run,
-            start=self.setting.fence.number,
             step=position.step,
             attempt=position.attempt,
             next_batch=position.next_batch,

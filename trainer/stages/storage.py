@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.checkpoint.elastic import Shape
-from trainer.checkpoint.manifest import Manifest, read_manifest, step_of
+from trainer.checkpoint.manifest import Manifest, name_of, read_manifest, step_of
 from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.store import CheckpointStore
 from trainer.config.memory import copies, shortage, snapshot_bytes
@@ -38,8 +38,8 @@ class Resumed:
     """The state that a start goes on from."""
 
     manifest: Manifest
-    name: str
-    """Relative to the run directory, or words for a copy in memory."""
+    from_memory: bool
+    """It was a copy in the memory of the nodes."""
     guard: dict[str, Any]
     """Its `history` and its `ladder`."""
     newest: str | None
@@ -105,28 +105,24 @@ class Storage:
             with contextlib.suppress(DamagedError):
                 self._check(newest.name, read_manifest(newest))
         found = self._from_memory((step_of(newest.name) if newest else None) or 0)
-        if found is None:
-            loaded = self.store.load_newest(self._shape, beat=self._beat)
-            if loaded is not None:
-                directory, manifest, state = loaded
-                found = f"checkpoints/{directory.name}", manifest, state
+        from_memory = found is not None
+        if found is None and (loaded := self.store.load_newest(self._shape, beat=self._beat)) is not None:
+            newest, found = loaded[0], loaded[1:]
         if found is None:
             self._goes_on(0, 0)
             return None
-        name, manifest, (tensors, numbers) = found
-        self._check(name, manifest)
+        manifest, (tensors, numbers) = found
+        self._check(f"the state of step {manifest.step}", manifest)
         write_state(self._engine, tensors, numbers)
         self._goes_on(manifest.start, manifest.step)
         if (manifest.world_size, manifest.stage) != (self._shape.world_size, self._shape.stage):
             self._say(
                 "info",
-                f"{name} was written by {manifest.world_size} ranks in ZeRO {manifest.stage} and goes on with "
-                f"{self._shape.world_size} in ZeRO {self._shape.stage}",
+                f"{name_of(manifest.step)} was written by {manifest.world_size} ranks in ZeRO {manifest.stage} and "
+                f"goes on with {self._shape.world_size} in ZeRO {self._shape.stage}",
             )
-        on_disk: str | None = name
-        if not name.startswith("checkpoints/"):
-            on_disk = f"checkpoints/{newest.name}" if newest else None
-        return Resumed(manifest, name, numbers["guard"], on_disk, time.perf_counter() - began)
+        on_disk = f"checkpoints/{newest.name}" if newest else None
+        return Resumed(manifest, from_memory, numbers["guard"], on_disk, time.perf_counter() - began)
 
     def load_at_most(self, step: int) -> Notes | None:
         """Put the newest checkpoint of at most `step` into the live engine, for a rollback. A collective."""
@@ -158,13 +154,13 @@ class Storage:
                 return None
         return SnapshotRing(self._engine, keep, config.snapshots.audit, spare)
 
-    def _from_memory(self, newer_than: int) -> tuple[str, Manifest, State] | None:
+    def _from_memory(self, newer_than: int) -> tuple[Manifest, State] | None:
         """The copy in the memory of the nodes, where it is newer than what lies on disk."""
         while self.memory is not None and (step := self.memory.newest()) is not None and step > newer_than:
             # a damaged one is said and dropped by then
             if (loaded := self.memory.load(step, beat=self._beat)) is not None:
                 self._say("info", f"going on from the copy of step {step} in the memory of the nodes")
-                return f"the copy of step {step} in memory", *loaded
+                return loaded
         return None
 
     def _check(self, name: str, manifest: Manifest) -> None:
