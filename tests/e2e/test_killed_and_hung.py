@@ -17,7 +17,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 AT_ONCE = "checkpoint.background=false"
 """So that a checkpoint is there when the next step begins."""
 
-HARM = 'faults=["at(step=14, rank=1, start=2).kill()", "at(step=24, rank=0, start=3).stop()"]'
+STOPS = (
+    '"at(step=24, rank=0, start=3).stop()", "at(step=25, rank=0, start=3).stop()", "at(step=26, rank=0, start=3).stop()"'
+)
+"""A stopped rank is let go on for a moment to write down its stacks: it stops again before it gets any further."""
+
+HARM = f'faults=["at(step=14, rank=1, start=2).kill()", {STOPS}]'
 
 
 def test_killed_and_stopped_in_turn_it_ends_with_the_same_bits(prepared: Workspace, uninterrupted: Workspace) -> None:

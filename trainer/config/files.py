@@ -49,6 +49,26 @@ class RunFiles:
         return self.root / "checkpoints"
 
     @property
+    def submission(self) -> Path:
+        """How the run was submitted to a scheduler."""
+        return self.root / "submission.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script."""
+        return self.root / "train.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        """What its jobs did, a JSON line each time one begins or ends."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What its jobs printed."""
+        return self.root / "logs"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
