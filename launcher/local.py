@@ -63,6 +63,8 @@ class Requests:
         self._held = self.asking | {signal.SIGCHLD}
         self.before: set[signal.Signals] = set()
         """The signals that were blocked before: a command is started with these."""
+        self.received: signal.Signals | None = None
+        """The first request that was waited for."""
 
     def __enter__(self) -> Requests:
         self.before = {signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, self._held)}
@@ -78,13 +80,17 @@ class Requests:
 
     def next_event(self, seconds: float) -> signal.Signals | None:
         """The next signal within so many seconds: a request to stop, or SIGCHLD."""
-        info = signal.sigtimedwait(self._held, max(0.0, seconds))
-        return None if info is None else signal.Signals(info.si_signo)
+        return self._noted(signal.sigtimedwait(self._held, max(0.0, seconds)))
 
     def wait(self, seconds: float) -> signal.Signals | None:
         """Wait so long; a request to stop ends it, also one that came before."""
-        info = signal.sigtimedwait(self.asking, max(0.0, seconds))
-        return None if info is None else signal.Signals(info.si_signo)
+        return self._noted(signal.sigtimedwait(self.asking, max(0.0, seconds)))
+
+    def _noted(self, info: signal.struct_siginfo | None) -> signal.Signals | None:
+        number = None if info is None else signal.Signals(info.si_signo)
+        if self.received is None and number in self.asking:
+            self.received = number
+        return number
 
 
 def supervise(
@@ -92,6 +98,7 @@ def supervise(
     environment: Mapping[str, str],
     *,
     targets: Callable[[int], list[int]] | None = None,
+    passed_on: signal.Signals | None = None,
     inherit: Sequence[int] = (),
     grace_seconds: float = URGENT_GRACE_SECONDS,
     stopping: str = "stopping",
@@ -103,6 +110,7 @@ def supervise(
 
     Args:
         targets: from the command's process id to the processes that a request to stop is passed to; itself by default.
+        passed_on: as which signal they get it; by default SIGUSR1 as itself, all others as SIGTERM.
         inherit: descriptors that the command keeps open (the lock of the run).
         stopping: what the first request leads to, in words.
         say: told in a sentence what a signal led to.
@@ -142,7 +150,7 @@ def supervise(
         except OSError as error:
             raise LaunchError(f"{argv[0]} cannot be started: {error.strerror}") from error
         family = _Family(process, spared)
-        waiting = _Waiting(family, requests, targets or (lambda pid: [pid]), grace_seconds, stopping, say)
+        waiting = _Waiting(family, requests, targets or (lambda pid: [pid]), passed_on, grace_seconds, stopping, say)
         try:
             waiting.until_it_ends(watch)
         finally:
@@ -159,6 +167,7 @@ class _Waiting:
     family: _Family
     requests: Requests
     targets: Callable[[int], list[int]]
+    passed_on: signal.Signals | None
     grace_seconds: float
     stopping: str
     say: Callable[[str], None]
@@ -197,7 +206,7 @@ class _Waiting:
             # while there are no ranks yet, the command itself is all there is to end
             for pid in self.targets(command.pid) or [command.pid]:
                 # Python turns SIGINT into a traceback wherever no handler is installed yet; SIGTERM ends it quietly
-                send(pid, signal.SIGUSR1 if received == signal.SIGUSR1 else signal.SIGTERM)
+                send(pid, self.passed_on or (signal.SIGUSR1 if received == signal.SIGUSR1 else signal.SIGTERM))
         elif self.deadline is None and received in (signal.SIGINT, signal.SIGTERM):
             self.deadline = time.monotonic() + self.grace_seconds
             self.say(

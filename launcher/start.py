@@ -167,15 +167,26 @@ def generated_files(config: RunConfig, plan: Plan) -> dict[str, str]:
     }
 
 
-def prepare(root: Path, lock: int | None, say: Say) -> None:
+def prepare(
+    root: Path,
+    lock: int | None,
+    say: Say,
+    requests: local.Requests | None = None,
+    contained: Sequence[str] = (),
+) -> None:
     """Prepare data and check the model, in a process whose progress is seen.
+
+    Args:
+        requests: to stop; held back by the caller for longer than this lasts.
+        contained: the command that runs Python where the ranks will run; by default this one's.
 
     Raises:
         SystemExit: it ended otherwise than well, and has said why.
     """
-    argv = [sys.executable, "-m", "trainer.stages.prepare", str(root)]
+    argv = [*(contained or (sys.executable,)), "-m", "trainer.stages.prepare", str(root)]
+    inherit = () if lock is None else (lock,)
     ended = local.supervise(
-        argv, os.environ, inherit=() if lock is None else (lock,), stopping="stopping the preparation", say=say
+        argv, os.environ, inherit=inherit, stopping="stopping the preparation", say=say, requests=requests
     )
     if ended.exit_code == 0:
         return
@@ -188,11 +199,20 @@ def prepare(root: Path, lock: int | None, say: Say) -> None:
     raise SystemExit(ExitCode.CRASHED)
 
 
-def make_ready(request: Request, lock: int | None, say: Say) -> Plan:
-    """Everything that must be there before ranks start: data, facts of the model, plan and launcher files."""
+def make_ready(
+    request: Request,
+    lock: int | None,
+    say: Say,
+    requests: local.Requests | None = None,
+    contained: Sequence[str] = (),
+) -> Plan:
+    """Everything that must be there before ranks start: data, facts of the model, plan and launcher files.
+
+    Raises as :func:`prepare` does, and takes the same arguments.
+    """
     from trainer.config.facts import facts_from_json
 
-    prepare(request.root, lock, say)
+    prepare(request.root, lock, say, requests, contained)
     files = RunFiles(request.root)
     facts = facts_from_json(files.model.read_text(encoding="utf-8"))
     plan = plan_of(request.config, facts, num_samples(files, request.config))
@@ -235,10 +255,16 @@ def is_exported(root: Path) -> bool:
     return RunFiles(root).export.is_dir()
 
 
-def export(root: Path, options: Sequence[str] = ()) -> int:
-    """Write weights and tokenizer of the newest checkpoint; the exit code of the process that does it."""
-    argv = [sys.executable, "-m", "trainer.stages.export", str(root), *options]
-    return local.supervise(argv, os.environ, stopping="stopping the export").exit_code
+def export(
+    root: Path,
+    options: Sequence[str] = (),
+    requests: local.Requests | None = None,
+    contained: Sequence[str] = (),
+) -> int:
+    """Write weights and tokenizer of the newest checkpoint; the exit code of the process that does it. `requests` and
+    `contained` as in :func:`prepare`."""
+    argv = [*(contained or (sys.executable,)), "-m", "trainer.stages.export", str(root), *options]
+    return local.supervise(argv, os.environ, stopping="stopping the export", requests=requests).exit_code
 
 
 def require_startable(config: RunConfig) -> None:

@@ -35,8 +35,8 @@ class Parts:
     stop: StopRequest
     learning_rate: Callable[[int], float]
     """Of the update that makes the given step."""
-    evaluate: Callable[[int], float]
-    """Held-out loss at a step; records it."""
+    evaluate: Callable[[int], float | None]
+    """Held-out loss at a step; records it. None: given up, since a rank was asked to stop."""
     saver: Saving
     heartbeat: Heartbeat
 
@@ -47,7 +47,7 @@ class Ending:
 
     position: Position
     stopped: bool
-    """Asked to stop before the last step."""
+    """Asked to stop before the end."""
     held_out_loss: float | None
 
 
@@ -121,7 +121,8 @@ def train(parts: Parts, progress: Progress) -> Ending:
     parts.heartbeat.beat("saving")
     parts.saver.finish(position, completed=not stopped)
     parts.heartbeat.beat("ending")
-    return Ending(position, stopped, None if stopped else parts.evaluate(position.step))
+    loss = None if stopped else parts.evaluate(position.step)
+    return Ending(position, loss is None, loss)
 
 
 def take_batch(parts: Parts, position: Position) -> Batch:

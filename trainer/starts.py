@@ -28,6 +28,8 @@ from trainer.errors import RunDirectoryError, SupersededError
 from trainer.exclusive import place, read, refresh
 
 FOLDER = "starts"
+BY_VARIABLE = "TRIMTAB_STARTED_BY"
+"""Environment variable: a text by which whoever starts ranks knows a start as its own, in the start's record."""
 LOOK_SECONDS = 0.5
 """How long `superseded` may be behind."""
 
@@ -174,6 +176,7 @@ def begin(files: RunFiles, after: int = 0) -> RunFence:
             run, last = _written_by(files)
             number = max(number, after + 1, last + 1)
         about = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 3)}
+        about["by"] = os.environ.get(BY_VARIABLE, "")
         while not place(folder / f"{number:04d}.json", {"start": number, **about}):
             about["run"] = run = _identity(folder) or run
             number += 1

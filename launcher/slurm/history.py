@@ -1,4 +1,4 @@
-"""What the jobs of a run did: `RUN/jobs.jsonl`, one line when a job begins, one when it ends.
+"""What the jobs of a run did: `RUN/jobs.jsonl`, one line when a start in a job begins, one when it ends.
 
 A job that was killed with its node leaves no second line: then the next one's first line, or the scheduler, tells.
 """
@@ -18,14 +18,14 @@ from trainer.errors import RunDirectoryError
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a run; a requeued one counts again."""
+    """One start of a run in a job: mostly the whole job; what crashed may be started again in the same allocation."""
 
     job: str
     """Id for the scheduler: `123`, or in an array `123_4`."""
     restart: int
     """How often the scheduler had requeued it."""
     began: float
-    """Unix seconds at which its batch script started."""
+    """Unix seconds: the job began, or the start before it in the same allocation was over."""
     nodes: tuple[str, ...]
     """Allocated."""
     position: int
@@ -39,7 +39,7 @@ class Job:
     reason: str = ""
     """How the run stood when it ended: that of its outcome, or `node` or `signal`."""
     then: str = ""
-    """What followed: end · requeue · chain."""
+    """What followed: end · here (another start in the same allocation) · requeue · chain."""
     why: str = ""
     """In a sentence, for a person."""
 

@@ -1,4 +1,4 @@
-"""Whether a run goes on after a job, and how. Pure."""
+"""Whether a run goes on after a start in a job, and how. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Literal
 
 from launcher.slurm.history import Job
 from launcher.slurm.site import SiteConfig
-
-OF_THE_CLUSTER = frozenset({"signal", "node"})
-"""Ends that are nobody's fault: the time limit, preemption, a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +27,21 @@ class End:
     """Empty: the outcome says it."""
 
 
-def decide(jobs: Sequence[Job], now: float, site: SiteConfig, *, nodes_are_well: bool, cancelled: bool) -> GoOn | End:
-    """What follows from the jobs of this submission.
+def decide(
+    jobs: Sequence[Job],
+    now: float,
+    site: SiteConfig,
+    *,
+    nodes_are_well: bool,
+    restarts: bool,
+    cancelled: bool,
+) -> GoOn | End:
+    """What follows from the starts of this submission.
 
     Args:
-        jobs: in order; the last one has just ended (`ended`, `reached` and `reason` are set).
-        nodes_are_well: all nodes of the allocation answer, and there is time left in it.
+        jobs: a record each, in order; the last one has just ended (`ended`, `reached` and `reason` are set).
+        nodes_are_well: all nodes of the allocation answer, and nobody asked for its end.
+        restarts: whether a run that crashed is to be started again at all.
         cancelled: the user asked it to end.
     """
     last = jobs[-1]
@@ -45,6 +51,8 @@ def decide(jobs: Sequence[Job], now: float, site: SiteConfig, *, nodes_are_well:
         return End("cancelled by the user; submitting it again goes on")
     if (spent := exhausted(jobs, now, site)) is not None:
         return End(spent)
+    if last.reason == "crashed" and not restarts:
+        return End("supervision.restarts is 0")
     if last.reason == "crashed" and nodes_are_well:
         return GoOn("here", last.why)
     return GoOn(site.continue_by, last.why)
@@ -58,9 +66,10 @@ def exhausted(jobs: Sequence[Job], now: float, site: SiteConfig) -> str | None:
     ended = [job for job in jobs if job.ended is not None]
     fruitless = count_fruitless(ended)
     if fruitless >= site.max_fruitless:
-        return f"gave up: {fruitless} jobs in a row brought no new checkpoint (max_fruitless: {site.max_fruitless})"
-    if len(ended) >= site.max_jobs:
-        return f"gave up: {len(ended)} jobs were used (max_jobs: {site.max_jobs})"
+        return f"gave up: {fruitless} starts in a row brought no new checkpoint (max_fruitless: {site.max_fruitless})"
+    used = len({(job.job, job.restart) for job in ended})
+    if used >= site.max_jobs and ended[-1].then != "here":
+        return f"gave up: {used} jobs were used (max_jobs: {site.max_jobs})"
     hours = sum((job.ended or now) - job.began for job in jobs) / 3600
     if site.max_hours is not None and hours >= site.max_hours:
         return f"gave up: its jobs ran {hours:.1f} hours together (max_hours: {site.max_hours:g})"

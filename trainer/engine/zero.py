@@ -34,6 +34,10 @@ Penalty = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 NO_INJECTION = Injector()
 
+VOTE_EVERY_BATCHES = 8
+"""Micro-batches of an evaluation between two votes on whether to give it up: a scheduler that asks a run to stop does
+not wait for an evaluation of minutes."""
+
 
 class Engine:
     """One model in training under DeepSpeed.
@@ -229,13 +233,29 @@ class Engine:
         self.deepspeed.micro_steps += 1
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, NDArray[np.int64]]]) -> tuple[float, int]:
-        """Mean loss over all targets of all ranks, in nats, and their number. All ranks give equally many batches."""
+    def evaluate(
+        self, batches: Iterable[Mapping[str, NDArray[np.int64]]], asked: Callable[[], bool] = lambda: False
+    ) -> tuple[float, int] | None:
+        """Mean loss over all targets of all ranks, in nats, and their number. All ranks give equally many batches.
+
+        Args:
+            asked: whether this rank was asked to stop. Once one was, all of them give the evaluation up.
+
+        Returns:
+            None: it was given up.
+        """
         self.deepspeed.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for arrays in batches:
+        votes = torch.zeros(1, device=self.device)
+        for number, arrays in enumerate(batches, 1):
             sums[0] += self._terms(arrays)["loss"].double()
             sums[1] += int((arrays["labels"] >= 0).sum())
+            if number % VOTE_EVERY_BATCHES == 0:
+                votes.fill_(float(asked()))
+                dist.all_reduce(votes)
+                if votes.item() > 0:
+                    self.deepspeed.train()
+                    return None
         self.deepspeed.train()
         dist.all_reduce(sums)
         loss, count = sums.tolist()

@@ -272,7 +272,7 @@ class Pretraining:
             reading=self.injector.reading,
         )
 
-    def _evaluate(self, step: int) -> float:
+    def _evaluate(self, step: int) -> float | None:
         setting, config = self.setting, self.setting.config
         began = time.perf_counter()
         batches = evaluation_batches(
@@ -284,7 +284,11 @@ class Pretraining:
             objective=config.objective,
             seed=config.seed,
         )
-        loss, num_targets = self.engine.evaluate(batches)
+        found = self.engine.evaluate(batches, lambda: self.setting.stop.requested)
+        if found is None:
+            self.telemetry.message("warning", f"asked to stop: the evaluation at step {step} is given up")
+            return None
+        loss, num_targets = found
         self.telemetry.record_evaluation(step, loss, num_targets, time.perf_counter() - began)
         return loss
 

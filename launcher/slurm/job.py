@@ -1,0 +1,362 @@
+"""What a job does on its first node: `python -m launcher.slurm.job RUN -- srun … ranks`, from the batch script.
+
+It looks at the nodes, prepares what ranks need, starts them on all nodes through the given srun, passes the scheduler's
+signal on to them, and in the end sees to it that the run goes on where it is to go on: in this allocation, in the same
+job requeued, or in the job that follows. `requeue.decide` says which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import accelerate, local, start
+from launcher.run_directory import write_atomically
+from launcher.slurm import exclusion, followers, scheduler
+from launcher.slurm.allocation import Allocation, free_port, read_allocation, usable
+from launcher.slurm.cancel import was_cancelled
+from launcher.slurm.container import contained
+from launcher.slurm.ending import Ending, ending_of, note_outcome
+from launcher.slurm.examine import examine
+from launcher.slurm.history import Job, append_begin, append_end, read_jobs
+from launcher.slurm.lead import Lead
+from launcher.slurm.requeue import End, GoOn, decide, exhausted
+from launcher.slurm.site import SiteConfig
+from launcher.slurm.submission import Submission, read_submission
+from launcher.supervision import position
+from trainer import starts
+from trainer.config.files import RunFiles
+from trainer.config.load import dump_config, read_run_config
+from trainer.config.schema import RunConfig
+from trainer.errors import SUPERVISED, ExitCode, LaunchError, SupersededError, TrimtabError
+from trainer.heartbeat import RELAUNCHED_VARIABLE
+
+JOB_VARIABLE = "TRIMTAB_JOB"
+"""For the ranks, JSON: job, restart, nodes, `allocated` (Unix seconds from which the time of this start counts), and
+in `parts` how long what came before the ranks took, in seconds."""
+
+AGAIN_SECONDS = 5.0
+"""Ranks that are still being launched have no ears yet: a request to stop is repeated until they end."""
+
+GRACE_SECONDS = 60.0
+"""How long a requeued job waits to be ended by the scheduler."""
+
+NODES_SECONDS = 15.0
+"""How long the scheduler may take to notice that a node is gone, when ranks died and nobody says why."""
+
+
+def say(text: str) -> None:
+    """Into the log of the job."""
+    print(f"trimtab: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class Work:
+    """A job at work on a run."""
+
+    files: RunFiles
+    config: RunConfig
+    submission: Submission
+    allocation: Allocation
+    command: Sequence[str]
+    """srun and what it starts on every node."""
+    requests: local.Requests
+    began: float
+    """Unix seconds from which the time of this start counts."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """Node → why it is not used any more."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What came before the ranks → its seconds."""
+    successor: str | None = None
+    """The job that follows, where jobs are chained."""
+
+    @property
+    def site(self) -> SiteConfig:
+        return self.submission.site
+
+    @property
+    def runs(self) -> Path:
+        """The folder of runs: what one of them learns of a node holds for all."""
+        return self.files.root.parent
+
+    def jobs(self) -> list[Job]:
+        """Those of this submission."""
+        return [job for job in read_jobs(self.files) if job.submitted >= self.submission.submitted]
+
+    def record(self) -> Job:
+        """Of a start that begins now."""
+        place = self.allocation
+        return Job(
+            job=place.job,
+            restart=place.restart,
+            began=self.began,
+            nodes=place.nodes,
+            position=position(self.files),
+            submitted=self.submission.submitted,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code of the job: 0 for a run that is complete, so that what depends on it starts."""
+    # the batch script ignored it until now
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    if len(arguments) < 3 or arguments[1] != "--":
+        print("usage: python -m launcher.slurm.job RUN -- srun …", file=sys.stderr)
+        return ExitCode.USAGE
+    try:
+        with local.Requests() as requests:
+            return _run(Path(arguments[0]), arguments[2:], requests)
+    except TrimtabError as error:
+        say(str(error))
+        return error.exit_code
+
+
+def _run(root: Path, command: Sequence[str], requests: local.Requests) -> int:
+    files = RunFiles(root)
+    submission = read_submission(root)
+    if submission is None:
+        raise LaunchError(f"{root} was not submitted: it holds no submission.json; trimtab submit {root}")
+    allocation = read_allocation(os.environ, scheduler.hostnames, scheduler.end_time)
+    work = Work(files, read_run_config(root), submission, allocation, command, requests, allocation.began)
+    if submission.site.continue_by == "chain":
+        work.successor = followers.chain(submission, allocation.job, say)
+    relaunched: dict[str, Any] | None = None
+    while True:
+        job = work.record()
+        append_begin(files, job)
+        spent = exhausted([*work.jobs()[:-1], job], time.time(), submission.site)
+        ending = Ending("crashed", spent, ExitCode.CRASHED) if spent else _start(work, relaunched)
+        over = time.time()
+        job = replace(job, ended=over, reached=position(files), reason=ending.reason, why=ending.message)
+        then = End(spent) if spent else _decide(work, job, ending)
+        if isinstance(then, GoOn) and then.by == "here":
+            append_end(files, replace(job, then="here"))
+            say(f"{ending.message or ending.reason}: starting the ranks again in this allocation")
+            relaunched = {"reason": ending.message, "killed": None, "ended": over, "launched": time.time()}
+            work.began, work.parts = over, {}
+            continue
+        if isinstance(then, GoOn):
+            return _go_on(work, job, then)
+        return _end(work, job, ending, then)
+
+
+def _start(work: Work, relaunched: dict[str, Any] | None) -> Ending:
+    """One start, from the look at the nodes to the end of the last rank."""
+    files, requests = work.files, work.requests
+    try:
+        if start.completed_before(files.root):
+            return Ending("completed", "there was nothing left to do", ExitCode.COMPLETED)
+        nodes = _choose_nodes(work)
+        if nodes is None:
+            return Ending("node", _why_not(work), ExitCode.STOPPED)
+        if requests.wait(0) is not None:
+            return Ending("signal", "asked to stop before the ranks were started", ExitCode.STOPPED)
+        layout = _prepare(work, len(nodes))
+    except SystemExit as left:
+        # said already; what a command line ends with, a job notes
+        code = left.code if isinstance(left.code, int) else ExitCode.CRASHED
+        reason = {ExitCode.STOPPED: "signal", ExitCode.USAGE: "refused"}.get(ExitCode(code), "crashed")
+        return Ending(reason, "the data could not be prepared; see the log of the job", code)
+    except TrimtabError as error:
+        return Ending("refused", str(error), error.exit_code)
+    return _train(work, layout, nodes, relaunched)
+
+
+def _choose_nodes(work: Work) -> tuple[str, ...] | None:
+    """The nodes that ranks are started on; None: too few of them are well."""
+    site, place = work.site, work.allocation
+    fewest, ranks = work.submission.nodes[0], work.submission.ranks_per_node
+    began = time.time()
+    known = exclusion.excluded(work.runs, began)
+    for node in place.nodes:
+        if node in known:
+            work.bad.setdefault(node, known[node].why)
+    left = [node for node in place.nodes if node not in work.bad]
+    if site.preflight.enabled and left:
+        for node, why in examine(work, left).items():
+            say(f"{why}; it is left out for {site.exclude_hours:g} hours")
+            work.bad[node] = why
+            exclusion.exclude(work.runs, node, why, work.submission.name, time.time(), site.exclude_hours)
+        left = [node for node in left if node not in work.bad]
+    work.parts["preflight"] = time.time() - began
+
+    samples, micro = work.config.batch.samples, work.config.batch.micro
+    number = usable(len(left), fewest, lambda nodes: samples % (micro * ranks * nodes) == 0)
+    if number is None:
+        return None
+    if number < len(left):
+        say(f"{len(left)} nodes are well, of which {number} are used: the global batch does not divide over more")
+    return tuple(left[:number])
+
+
+def _why_not(work: Work) -> str:
+    return f"{len(work.bad)} of {len(work.allocation.nodes)} nodes are not fit: {'; '.join(work.bad.values())}"
+
+
+def _prepare(work: Work, nodes: int) -> accelerate.Layout:
+    """Data, plan and launcher files for ranks on so many nodes."""
+    began = time.time()
+    cluster = work.config.cluster
+    if cluster.nodes != nodes:
+        say(f"{nodes} nodes, as the allocation has it (before: {cluster.nodes}); the global batch stays")
+        cluster = cluster.model_copy(update={"nodes": nodes})
+        work.config = work.config.model_copy(update={"cluster": cluster})
+        write_atomically(work.files.config, dump_config(work.config))
+    request = start.Request(work.config, work.files.root, ())
+    plan = start.make_ready(request, None, say, work.requests, contained(work.submission))
+    work.parts["prepare"] = time.time() - began
+    return start.layout_of(work.config, plan)
+
+
+def _train(work: Work, layout: accelerate.Layout, nodes: tuple[str, ...], relaunched: dict[str, Any] | None) -> Ending:
+    files, place = work.files, work.allocation
+    files.outcome.unlink(missing_ok=True)
+    by = f"{place.job}.{place.restart}.{work.began:.3f}"
+    about = {
+        "job": place.job,
+        "restart": place.restart,
+        "nodes": nodes,
+        "allocated": work.began,
+        "parts": work.parts,
+        "launched": time.time(),
+    }
+    environment = {
+        **os.environ,
+        **accelerate.environment(layout),
+        **work.site.environment,
+        "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
+        "TRIMTAB_MASTER": scheduler.address(nodes[0]),
+        "TRIMTAB_PORT": str(free_port()),
+        JOB_VARIABLE: json.dumps(about),
+        starts.BY_VARIABLE: by,
+        SUPERVISED: "1",
+    }
+    if relaunched is not None:
+        environment[RELAUNCHED_VARIABLE] = json.dumps(relaunched)
+    newest_before = starts.newest(files)
+    srun, *rest = work.command
+    ended = local.supervise(
+        [srun, f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", *rest],
+        environment,
+        passed_on=signal.SIGUSR1,
+        grace_seconds=float(accelerate.SHUTDOWN_SECONDS),
+        stopping="the ranks finish this step, then save and stop",
+        say=say,
+        watch=_Watch(Lead(files, place.ends, work.site.signal_seconds), work.requests),
+        requests=work.requests,
+    )
+    return ending_of(files, ended, by, newest_before)
+
+
+class _Watch:
+    """Looks at the clock while the ranks run: asks them to stop in time, and again until they have."""
+
+    def __init__(self, lead: Lead, requests: local.Requests):
+        self._lead = lead
+        self._requests = requests
+        self._asked_at = time.monotonic()
+
+    def __call__(self, srun: int) -> str | None:
+        if self._requests.received is None:
+            if (why := self._lead.due(time.time())) is not None:
+                say(why)
+                self._asked_at = time.monotonic()
+                os.kill(os.getpid(), signal.SIGUSR1)
+        elif time.monotonic() - self._asked_at > AGAIN_SECONDS:
+            self._asked_at = time.monotonic()
+            local.send(srun, signal.SIGUSR1)
+        return None
+
+
+def _decide(work: Work, job: Job, ending: Ending) -> GoOn | End:
+    well = ending.reason == "crashed" and work.requests.received is None and _nodes_are_well(work)
+    return decide(
+        [*work.jobs()[:-1], job],
+        time.time(),
+        work.site,
+        nodes_are_well=well,
+        restarts=work.config.supervision.restarts > 0,
+        cancelled=was_cancelled(work.files, work.submission),
+    )
+
+
+def _nodes_are_well(work: Work) -> bool:
+    """Whether the scheduler still has all nodes of the allocation; it is given time to notice that one is gone."""
+    deadline = time.monotonic() + NODES_SECONDS
+    while True:
+        try:
+            states = scheduler.node_states(work.allocation.nodes)
+        except TrimtabError as error:
+            say(f"the scheduler does not answer: {error}")
+            return False
+        gone = {node: state for node, state in states.items() if scheduler.is_gone(state)}
+        for node, state in gone.items():
+            work.bad[node] = f"{node} is {state}"
+        if gone or time.monotonic() > deadline:
+            return not gone
+        if work.requests.wait(1.0) is not None:
+            return False
+
+
+def _go_on(work: Work, job: Job, then: GoOn) -> int:
+    """Hand the run over to the next job: this one again, or one that depends on it."""
+    files, place = work.files, work.allocation
+    leave_out = sorted({*work.site.exclude, *exclusion.excluded(work.runs, time.time()), *work.bad})
+    append_end(files, replace(job, then=then.by))
+    say(f"{job.why or job.reason}: the run goes on by {then.by} from step {job.reached}")
+    if then.by == "requeue":
+        try:
+            _requeue(place, leave_out)
+            work.requests.wait(GRACE_SECONDS)
+            return ExitCode.STOPPED
+        except TrimtabError as error:
+            say(f"{error}; submitting a job that follows this one instead")
+    if work.successor is None:
+        work.successor = followers.chain(work.submission, place.job, say)
+    scheduler.exclude(work.successor, leave_out)
+    followers.hand_over(place.job, work.successor, say)
+    return ExitCode.STOPPED
+
+
+def _requeue(place: Allocation, leave_out: Sequence[str]) -> None:
+    # a node that was cut off and is back must not take the job away from where it runs by now
+    if (state := scheduler.job(place.job)) is not None and state.restarts != place.restart:
+        raise SupersededError(f"job {place.job} was requeued by the scheduler already")
+    scheduler.requeue(place.job)
+    if leave_out:
+        # until the scheduler has ended this process the job is pending, and takes it
+        scheduler.exclude(place.job, leave_out)
+
+
+def _end(work: Work, job: Job, ending: Ending, then: End) -> int:
+    """The run does not go on by itself."""
+    files = work.files
+    code = ending.exit_code
+    if ending.reason != "superseded":
+        if work.successor is not None:
+            scheduler.cancel([work.successor])
+        if ending.reason == "completed" and not start.is_exported(files.root):
+            if start.export(files.root, requests=work.requests, contained=contained(work.submission)):
+                say(f"the run is complete, but was not exported; see above, then: trimtab export {files.root}")
+                code = ExitCode.CRASHED
+        elif then.why or ending.reason in ("crashed", "signal", "node"):
+            why = "; ".join(text for text in (ending.message, then.why) if text)
+            reason = "stopped" if ending.reason in ("signal", "node", "stopped") else ending.reason
+            note_outcome(files, reason, code, why)
+    why = "; ".join(dict.fromkeys(text for text in (ending.message, then.why) if text))
+    append_end(files, replace(job, ended=time.time(), then="end", why=why))
+    say(f"{ending.reason}: {why}" if why else ending.reason)
+    if code != ExitCode.COMPLETED and ending.reason != "superseded":
+        followers.cancel_after(files.root, f"{ending.reason}: {why}", say)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
