@@ -13,7 +13,7 @@ from trainer.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, 
 ENVIRONMENT_VARIABLE = "TRIMTAB_SITE"
 FILE_NAME = "site.yaml"
 
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\0]*$")]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\x00]*$")]
 """One line."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Of an environment variable."""
