@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from trainer.engine.gradients import Shards, make_shards
 from trainer.engine.injection import Injector
 from trainer.engine.local import LocalNorms
 from trainer.engine.observe import LogitProbe, WeightStats, compare_weights
+from trainer.engine.own_time import OwnTime
 from trainer.engine.ranks import Ranks
 from trainer.engine.stats import Own, StepVector, loss_of
 from trainer.records import Batch, FloatArray, ParameterFacts, StepStats, Structure
@@ -97,6 +97,7 @@ class Engine:
         self._vector = StepVector(self.shards, len(self.names), terms, ranks.rank, ranks.world_size, self.device)
         self._logits = LogitProbe(self.module, self.device)
         self._seconds = 0.0
+        self._own_time = OwnTime(device)
         self._parameter_norms: FloatArray = np.zeros(len(self.names))
 
     @property
@@ -134,7 +135,7 @@ class Engine:
             checksum: let :meth:`replica_checksum` ride along.
             impossible: values in this rank's newest snapshot that training cannot have produced.
         """
-        began = time.perf_counter()
+        self._own_time.begin()
         self.injector.begin(attempt, step, batch.batch_index)
         own_checksum = self.replica_checksum() if checksum else 0.0
         engine = self.deepspeed
@@ -146,7 +147,8 @@ class Engine:
         sums: dict[str, Tensor] = {}
         with self._logits.watching():
             for index, arrays in enumerate(self._seeded(batch)):
-                terms = self._terms(arrays)
+                with self._own_time.forward():
+                    terms = self._terms(arrays)
                 total = sum_of(terms)
                 engine.backward(total / denominator)
                 for name, value in terms.items():
@@ -163,7 +165,7 @@ class Engine:
         )
         reduced = self._vector.reduce(sums, own, count=max(batch.num_targets, 1), loss_scale=scale, stop=stop)
         self._parameter_norms = reduced.parameter_norms
-        self._seconds = time.perf_counter() - began
+        self._seconds = self._own_time.end()
         return StepStats(
             attempt=attempt,
             batch_index=batch.batch_index,

@@ -64,6 +64,7 @@ def process_catalogue(steps: int, ranks: int) -> tuple[Exercise, ...]:
             "read-only", at(step=place).checkpoints_are_read_only(steps=2 * every), says=("no checkpoint at step",)
         ),
         Exercise("data-worker", at(step=place, rank=last).data_worker_dies(), says=(f"data-rank-{last}",)),
+        Exercise("slow-rank", at(step=place, rank=last).slow(0.5, steps=2 * every)),
         Exercise("terminate", at(step=place, rank=last).terminate(), ends="stopped"),
         Exercise("warn", at(step=place).warn(), ends="stopped"),
     )

@@ -103,6 +103,8 @@ class ProcessFaults:
         self._step = step
         for pending in self._pending:
             strike = pending.strike
+            if strike.kind is Kind.SLOW and strike.covers(step):
+                compute_for(strike.factor)
             pending.visits += step == strike.first
             # a start that goes on from beyond the step meets the fault at once
             pending.reached |= step >= strike.first if strike.visit == 1 else pending.visits >= strike.visit
@@ -149,6 +151,8 @@ class ProcessFaults:
                 self._note(pending, file=str(file.relative_to(self._run.root)))
                 damage(file, kind)
                 kill_everything()
+        elif kind is Kind.SLOW:
+            self._note(pending)
         elif kind is Kind.DISK_IS_FULL:
             self._note(pending)
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_AT_BYTES, self._usual_limit[1]))
@@ -169,6 +173,13 @@ class ProcessFaults:
         with (self._run.root / STRUCK).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         print(f"rank {self._rank}, step {self._step}, on purpose: {pending.strike}", file=sys.stderr, flush=True)
+
+
+def compute_for(seconds: float) -> None:
+    """Keep a core busy: a rank that slept would seem to wait for the others."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def kill_everything() -> None:

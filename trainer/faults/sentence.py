@@ -44,6 +44,7 @@ class Kind(Enum):
     DISK_IS_FULL = "disk_is_full"
     CHECKPOINTS_ARE_READ_ONLY = "checkpoints_are_read_only"
     DATA_WORKER_DIES = "data_worker_dies"
+    SLOW = "slow"
 
 
 BY_BATCH = frozenset({Kind.DATA_IS_NAN, Kind.RANDOM_TOKENS, Kind.ONE_TOKEN, Kind.SHUFFLED_LABELS, Kind.DRIFT})
@@ -70,6 +71,7 @@ OF_PROCESS = (
         Kind.DISK_IS_FULL,
         Kind.CHECKPOINTS_ARE_READ_ONLY,
         Kind.DATA_WORKER_DIES,
+        Kind.SLOW,
     }
 )
 """Of the processes, their disk and their checkpoints; all others leave the processes as they are."""
@@ -81,8 +83,8 @@ _ON_ALL_RANKS = BY_BATCH | {
     Kind.DISK_IS_FULL,
     Kind.CHECKPOINTS_ARE_READ_ONLY,
 }
-_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT}) | _WHILE_SAVING
-_WITH_STEPS = frozenset({Kind.LEARNING_RATE_TIMES, Kind.DISK_IS_FULL, Kind.CHECKPOINTS_ARE_READ_ONLY})
+_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT, Kind.SLOW}) | _WHILE_SAVING
+_WITH_STEPS = frozenset({Kind.LEARNING_RATE_TIMES, Kind.DISK_IS_FULL, Kind.CHECKPOINTS_ARE_READ_ONLY, Kind.SLOW})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Strike:
     """Where; None: on every rank."""
     factor: float = 1.0
     """Of `gradient_times`, `learning_rate_times`; the share of labels that `drift` adds with every batch; which moment
-    of a save `kill_while_saving` waits for."""
+    of a save `kill_while_saving` waits for; the seconds that `slow` adds to a step."""
     visit: int = 1
     """It is there the visit-th time that an attempt at its step begins: 2 is a replay, or the way back after a
     rollback."""
@@ -274,6 +276,10 @@ class Moment:
     def data_worker_dies(self) -> Fault:
         """The thread of a rank that reads data ahead dies."""
         return self._fault(Kind.DATA_WORKER_DIES)
+
+    def slow(self, seconds: float, steps: int = 1) -> Fault:
+        """The rank computes for so many seconds more, in each of so many steps."""
+        return self._fault(Kind.SLOW, seconds, steps)
 
     def _fault(self, kind: Kind, factor: float = 1.0, steps: int = 1) -> Fault:
         span: tuple[int, int | None]
