@@ -64,7 +64,7 @@ class Cluster:
     def slurm(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # noqa: S603 (a list, no shell)
             [str(packages.find(program)), *arguments],
-            env=os.environ | self.plan.environment,
+            env=_without_slurm() | self.plan.environment,
             capture_output=True,
             text=True,
             check=False,
@@ -104,7 +104,7 @@ class Cluster:
         with self.plan.log(f"{member}.out").open("ab") as log:
             return subprocess.Popen(  # noqa: S603 (a list, no shell)
                 [*apart, sys.executable, "-I", "-S", str(_INIT)],
-                env=os.environ | self.plan.environment | processes.mark(member, self.plan.folder),
+                env=_without_slurm() | self.plan.environment | processes.mark(member, self.plan.folder),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -147,42 +147,58 @@ class Cluster:
 
     # what can happen to a node
 
-    def boot(self, name: str) -> None:
-        """Starts what is dead of a node, all of it or only its slurmd, plugs it in, and waits until it serves."""
-        began = int(time.time())
-        match self.condition()[name]:
-            case "dead":
-                init = self.start_init(name)
-                pid = self.await_ready(name, init)
-                if self.plan.namespaces:
-                    network.rewire(self._switch(), name, pid)
-                self.order(name, init)
-            case "without its daemon":
-                self.restart_daemon(name)
-            case _:
-                began = 0
+    def boot(self, names: list[str]) -> None:
+        """Starts what is dead of nodes, all of it or only slurmd, plugs them in, and waits until they serve."""
+        since = {name: self._start(name) for name in names}
+        for name, moment in since.items():
+            self.await_service(name, moment)
+
+    def _start(self, name: str) -> float:
+        """Returns the time since which the node's slurmd must have been started to be the present one."""
+        condition = self.condition()[name]
+        moment = 0.0
+        if condition != RUNNING:
+            # Slurm tells the starts of a slurmd apart by the second
+            moment = self._served_since(name) + 1
+            wait_for(lambda: time.time() >= moment, 2, pause=0.01)
+        if condition == DEAD:
+            init = self.start_init(name)
+            pid = self.await_ready(name, init)
+            if self.plan.namespaces:
+                network.rewire(self.plan, self._switch(), name, pid)
+            self.order(name, init)
+        elif condition == WITHOUT_DAEMON:
+            self.restart_daemon(name)
         if self.plan.namespaces:
             network.plug(self._switch(), name, connected=True)
-        self.await_service(name, began)
+        return moment
 
-    def await_service(self, name: str, began: int = 0) -> None:
-        """Waits until Slurm gives work to a node whose slurmd has started since `began`; has it resumed if needed."""
+    def await_service(self, name: str, moment: float = 0.0) -> None:
+        """Waits until Slurm gives work to a node whose slurmd has started since `moment`; resumes it if needed."""
 
         def serves() -> bool:
-            done = self.slurm("scontrol", "--oneliner", "show", "node", name)
-            values = dict(word.partition("=")[::2] for word in done.stdout.split() if "=" in word)
-            started = values.get("SlurmdStartTime", "None")
-            if done.returncode or started in ("None", "Unknown"):
+            state = self._fields(name).get("State", "UNKNOWN")
+            flags = set(state.replace("*", "+NOT_RESPONDING").split("+"))
+            if self._served_since(name) < moment:
                 return False
-            if time.mktime(time.strptime(started, "%Y-%m-%dT%H:%M:%S")) < began:
-                return False
-            flags = set(values["State"].replace("*", "+NOT_RESPONDING").split("+"))
             if flags & {"DOWN", "DRAIN"}:
                 self.slurm("scontrol", "update", f"nodename={name}", "state=resume")
             return not flags & {"DOWN", "DRAIN", "NOT_RESPONDING", "UNKNOWN", "FUTURE", "REBOOT"}
 
         if not wait_for(serves, SERVICE_SECONDS, pause=0.1):
-            raise ClusterError(f"{name} is not in service after {SERVICE_SECONDS} s: {self.last_words(name)}")
+            raise ClusterError(f"{name} is not in service after {SERVICE_SECONDS} s: {self.last_words(f'{name}.out')}")
+
+    def _fields(self, name: str) -> dict[str, str]:
+        """What Slurm says about a node; empty while the controller does not answer."""
+        done = self.slurm("scontrol", "--oneliner", "show", "node", name)
+        return {} if done.returncode else dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+
+    def _served_since(self, name: str) -> float:
+        """When the slurmd of a node that last made itself known was started; 0: none has."""
+        try:
+            return time.mktime(time.strptime(self._fields(name)["SlurmdStartTime"], "%Y-%m-%dT%H:%M:%S"))
+        except (KeyError, ValueError):
+            return 0.0
 
     def kill(self, name: str) -> None:
         """Ends every process of a node at once."""
@@ -223,6 +239,11 @@ class Cluster:
 
 def _daemon(member: str) -> str:
     return "slurmctld" if member == CONTROLLER else "slurmd"
+
+
+def _without_slurm() -> dict[str, str]:
+    """This process's environment, less what would change how Slurm's commands act and write."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
 
 
 def _accepts(address: Path | tuple[str, int]) -> bool:

@@ -68,31 +68,36 @@ def down() -> None:
 VERBS: dict[str, tuple[str, Callable[[Cluster, str], None]]] = {
     "cut": ("pull its network cable; its processes live on", lambda it, name: it.plug(name, connected=False)),
     "join": ("put the cable back", lambda it, name: it.plug(name, connected=True)),
-    "kill": ("end all its processes at once", lambda it, name: it.kill(name)),
-    "power-off": ("pull the cable, then end all its processes", lambda it, name: it.power_off(name)),
-    "kill-slurmd": ("end its slurmd; the jobs' processes live on", lambda it, name: it.kill_daemon(name)),
-    "boot": ("start what is dead of it, plug it in, wait until it serves", lambda it, name: it.boot(name)),
+    "kill": ("end all its processes at once", Cluster.kill),
+    "power-off": ("pull the cable, then end all its processes", Cluster.power_off),
+    "kill-slurmd": ("end its slurmd; the processes of jobs live on", Cluster.kill_daemon),
 }
+BOOT = ("boot", "start what is dead of it, plug it in, wait until it serves")
 
 
 def node() -> None:
-    verbs = "\n".join(f"  {verb:12} {words}" for verb, (words, _) in VERBS.items())
+    words = "\n".join(f"  {verb:12} {what}" for verb, what in [*((v, w) for v, (w, _) in VERBS.items()), BOOT])
     parser = argparse.ArgumentParser(
         prog="slurm/cluster/node",
-        description=f"Does something to one node.\n\n{verbs}",
+        description=f"Does something to nodes of the cluster.\n\n{words}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", help="node1, node2, …")
-    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="node1, node2, …")
+    parser.add_argument("verb", choices=[*VERBS, BOOT[0]], metavar="VERB", help="one of the above")
     _with_folder(parser)
     options = parser.parse_args()
 
     def act() -> None:
         with lifecycle.held(options.state, create=False) as folder:
             cluster = lifecycle.find(folder or options.state)
-            if options.name not in cluster.plan.names:
-                raise ClusterError(f"there is no {options.name}: the nodes are {', '.join(cluster.plan.names)}")
-            VERBS[options.verb][1](cluster, options.name)
+            for name in options.names:
+                if name not in cluster.plan.names:
+                    raise ClusterError(f"there is no {name}: the nodes are {', '.join(cluster.plan.names)}")
+            if options.verb == BOOT[0]:
+                cluster.boot(options.names)
+            else:
+                for name in options.names:
+                    VERBS[options.verb][1](cluster, name)
 
     _run(act)
 

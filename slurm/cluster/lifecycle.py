@@ -17,7 +17,7 @@ import network
 import packages
 import processes
 from cluster import DEAD, RUNNING, START_SECONDS, WITHOUT_DAEMON, Cluster
-from plan import CONTROLLER, MUNGE, SLOTS, ClusterError, Plan
+from plan import CONTROLLER, MUNGE, SLOTS, ClusterError, Plan, UnavailableError
 from processes import wait_for
 
 DEFAULTS = {"nodes": 4, "cpus": 4, "gpus": 2, "grace": 10}
@@ -41,7 +41,8 @@ def default_folder() -> Path:
 @contextlib.contextmanager
 def held(folder: Path, *, create: bool) -> Iterator[Path | None]:
     """The folder of a cluster, while no other of these commands works on it; None where there is none."""
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (a link in its place is refused below, not followed)
+    folder = folder.absolute()
+    folder = folder.parent.resolve() / folder.name  # one name for one folder; a link in its place is refused below
     if len(str(folder)) > _LONGEST_FOLDER or not str(folder).isprintable() or _TROUBLESOME & set(str(folder)):
         raise ClusterError(f"{folder} cannot hold a cluster: at most {_LONGEST_FOLDER} plain characters without spaces")
     while True:
@@ -105,20 +106,25 @@ def repair(cluster: Cluster) -> bool:
         cluster.restart_daemon(CONTROLLER)
     cluster.await_controller()
     broken = [name for name in plan.names if condition[name] != RUNNING]
-    for name in broken:
-        say(f"booting {name}")
-        cluster.boot(name)
+    if broken:
+        say(f"booting {', '.join(broken)}")
+        cluster.boot(broken)
     cut = cluster.cut_off()
+    if condition[CONTROLLER] != RUNNING:
+        for name in set(plan.names) - set(cut):
+            cluster.await_service(name)
     notes = f"; cut off: {', '.join(cut)}" if cut else ""
-    say(f"{'repaired' if broken else 'running already'}: {describe(plan)}{notes}")
+    sound = set(condition.values()) == {RUNNING}
+    say(f"{'running already' if sound else 'repaired'}: {describe(plan)}{notes}")
     return True
 
 
 def build(folder: Path, mode: str, shape: dict[str, int], version: tuple[int, int]) -> Plan:
     obstacle = None if mode == "ports" else network.obstacle()
+    auto = mode == "auto"
     if mode == "namespaces" and obstacle:
-        raise ClusterError(f"nodes cannot have machines of their own: {obstacle}; take --mode ports")
-    if mode == "auto":
+        raise UnavailableError(f"nodes cannot have machines of their own: {obstacle}; take --mode ports")
+    if auto:
         mode = "ports" if obstacle else "namespaces"
         if obstacle:
             say(f"nodes share this machine's network and processes: {obstacle}")
@@ -127,9 +133,12 @@ def build(folder: Path, mode: str, shape: dict[str, int], version: tuple[int, in
     plan.prepare()
     try:
         plan = _start(plan, version)
-    except BaseException:
+    except BaseException as error:
         processes.end(folder)
         network.unplug(folder)
+        if isinstance(error, UnavailableError) and auto and plan.namespaces:
+            say(str(error))
+            return build(folder, "ports", shape, version)
         raise
     plan.save(complete=True)
     say(f"up: {describe(plan)}")

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from plan import CONTROLLER, SLOTS, ClusterError, Plan
+from plan import CONTROLLER, SLOTS, ClusterError, Plan, UnavailableError
 
 SWITCH = "lan"
 TOOLS = ("ip", "unshare", "nsenter", "mount")
@@ -61,7 +61,7 @@ def claim(switch: int, folder: Path, first: int) -> int:
             _must(_run(alias))
             return slot
         if "exists" not in done.stderr:
-            _must(done)
+            raise UnavailableError(f"nodes cannot be connected to this machine: {done.stderr.strip()}")
     raise ClusterError(f"all {SLOTS} subnets 10.77.0.0/24 … 10.77.{SLOTS - 1}.0/24 are in use on this machine")
 
 
@@ -69,16 +69,16 @@ def wire(plan: Plan, switch: int, nodes: dict[str, int]) -> None:
     """Lays the cables between the switch and the networks of the nodes' processes, and puts this machine on it."""
     lines = [f"addr add {plan.address(CONTROLLER)}/24 dev {SWITCH}", f"link set uplink master {SWITCH} up"]
     for name, pid in nodes.items():
-        lines += _cable(name, pid)
+        lines += _cable(plan, name, pid)
     _batch(switch, "\n".join(lines) + "\n")
     own = f"addr add {plan.gateway}/24 dev {plan.link}\nlink set {plan.link} up\n"
     _must(_run(["ip", "-batch", "-"], own))
 
 
-def rewire(switch: int, name: str, pid: int) -> None:
+def rewire(plan: Plan, switch: int, name: str, pid: int) -> None:
     """A new cable to a node that was started again."""
     _run([*_inside(switch), "ip", "link", "del", name])  # the old one goes with the old network, at some time
-    _batch(switch, "\n".join(_cable(name, pid)) + "\n")
+    _batch(switch, "\n".join(_cable(plan, name, pid)) + "\n")
 
 
 def plug(switch: int, name: str, *, connected: bool) -> None:
@@ -106,8 +106,13 @@ def unplug(folder: Path) -> None:
             _run(["ip", "link", "del", link["ifname"]])
 
 
-def _cable(name: str, pid: int) -> list[str]:
-    return [f"link add name {name} type veth peer name eth0 netns {pid}", f"link set {name} master {SWITCH} up"]
+def _cable(plan: Plan, name: str, pid: int) -> list[str]:
+    # the same hardware address at each boot: the others remember it
+    hardware = f"02:54:4d:{plan.slot:02x}:00:{plan.names.index(name) + 1:02x}"
+    return [
+        f"link add name {name} type veth peer name eth0 address {hardware} netns {pid}",
+        f"link set {name} master {SWITCH} up",
+    ]
 
 
 def _inside(pid: int) -> list[str]:

@@ -135,7 +135,8 @@ class Plan:
             hosts = [f"{self.address(member)} {member}" for member in self.members]
             (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
             (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
-        exports = "".join(f"export {name}='{value}'\n" for name, value in self.environment.items())
+        named = self.environment | {"TRIMTAB_LAB": str(self.folder)}  # so that node and down mean this cluster
+        exports = "".join(f"export {name}='{value}'\n" for name, value in named.items())
         (self.folder / "env").write_text(exports)
 
     def _devices(self) -> list[Path]:

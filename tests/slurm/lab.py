@@ -117,16 +117,15 @@ class Lab:
         """Ends its slurmd; the processes of jobs live on."""
         self._node(node, "kill-slurmd")
 
-    def boot(self, node: str) -> None:
-        """Starts what is dead of it, plugs it in, and waits until it serves; nothing happens to a sound one."""
-        self._node(node, "boot")
+    def boot(self, *nodes: str) -> None:
+        """Starts what is dead of them, plugs them in, and waits until they serve; nothing happens to sound ones."""
+        self._node(*nodes, "boot")
 
     def free_all(self, seconds: float = 90) -> None:
         """Cancels every job, boots what is dead or cut off, and waits until all nodes are idle."""
         self.run("scancel", "--user", str(os.geteuid()))
         self.up()
-        for node in self.states():
-            self.boot(node)
+        self.boot(*self.states())
 
         def is_free() -> bool:
             jobs = self.run("squeue", "--noheader", "--all", "--format=%A").stdout.split()
@@ -142,8 +141,8 @@ class Lab:
         self.down()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _node(self, node: str, verb: str) -> None:
-        done = self._cluster("node", node, verb)
+    def _node(self, *arguments: str) -> None:
+        done = self._cluster("node", *arguments)
         assert done.returncode == 0, done.stderr
 
     def _cluster(self, command: str, *argv: str) -> subprocess.CompletedProcess[str]:
