@@ -17,9 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 AT_ONCE = "checkpoint.background=false"
 """So that a checkpoint is there when the next step begins."""
 
-STOPS = (
-    '"at(step=24, rank=0, start=3).stop()", "at(step=25, rank=0, start=3).stop()", "at(step=26, rank=0, start=3).stop()"'
-)
+STOPS = ", ".join(f'"at(step={step}, rank=0, start=3).stop()"' for step in (24, 25, 26))
 """A stopped rank is let go on for a moment to write down its stacks: it stops again before it gets any further."""
 
 HARM = f'faults=["at(step=14, rank=1, start=2).kill()", {STOPS}]'
