@@ -1,0 +1,8 @@
+"""`python -m launcher.preflight check FOLDER …`: what each node runs; see `node.py`."""
+
+import os
+import sys
+
+from launcher.preflight.node import main
+
+sys.exit(main(sys.argv[1:], os.environ))
