@@ -1,0 +1,384 @@
+"""Pipelines: stages are submitted in order, each waiting for those before it, and what failed takes along what waits.
+
+`RUNS/PIPELINE/pipeline.json` says which job each stage got. The same command again submits what has not ended well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from launcher.run_directory import LOCK_FILE, differences, has_trained, read_outcome, write_atomically
+from launcher.slurm.history import read_jobs
+from launcher.slurm.stages import Pipeline, Stage
+from launcher.slurm.stages import is_pipeline as is_pipeline
+from launcher.slurm.stages import read_pipeline as read_pipeline
+from launcher.slurm.submission import read_submission
+from launcher.slurm.sweep import enter_sweep, make_folder, require_folder
+from launcher.start import Request, completed_before, is_exported
+from trainer.config.files import RunFiles
+from trainer.config.load import read_run_config
+from trainer.config.schema import Section
+from trainer.errors import ExitCode, LaunchError, RunDirectoryError
+
+Say = Callable[[str], None]
+Submit = Callable[[Stage, Sequence[Request], Sequence[str]], str | None]
+"""(stage, its runs that are to be submitted, ids of the jobs that must have ended well) → id of the job."""
+States = Callable[[Sequence[str]], Mapping[str, str]]
+"""Ids of jobs → those of them that wait or run: PENDING, NEVER (waits for what can no longer be), else another word. Of
+an array `123` waits while no task of it runs."""
+Cancel = Callable[[Sequence[str]], None]
+"""End jobs by their ids."""
+
+FILE_NAME = "pipeline.json"
+CANCELLED = "cancelled"
+"""Reason in the outcome of a run that was not started, because one that it waited for did not end well."""
+LOCK_SECONDS = 60.0
+
+
+class StageRecord(Section):
+    """What became of a stage."""
+
+    name: str
+    root: str
+    """Its run directory, or the folder of its sweep."""
+    runs: tuple[str, ...]
+    """Directories of the runs that were submitted last, in the order of the array."""
+    after: tuple[str, ...]
+    """Names of the stages that it waits for."""
+    job: str = ""
+    """Id of the job or of the array; empty: none was submitted."""
+
+
+class PipelineRecord(Section):
+    """Content of `pipeline.json`."""
+
+    name: str
+    file: str
+    """Where it was read from, absolute."""
+    stages: tuple[StageRecord, ...]
+    """In the order in which they were submitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is to be done about a stage."""
+
+    stage: Stage
+    action: Literal["submit", "keep", "leave"]
+    """keep: its job goes on. leave: it is complete."""
+    requests: tuple[Request, ...] = ()
+    """The runs that are to be submitted."""
+    jobs: tuple[str, ...] = ()
+    """keep: its jobs. submit: those that wait in vain and are to be removed."""
+
+
+def submit_pipeline(
+    pipeline: Pipeline,
+    submit: Submit,
+    states: States,
+    cancel: Cancel,
+    *,
+    fresh: bool = False,
+    dry_run: bool = False,
+    say: Say,
+) -> dict[str, str]:
+    """Submit every stage that has not ended well and has no job any more; stage → id of its job now.
+
+    Args:
+        fresh: submit complete stages too; `submit` moves their runs aside.
+        dry_run: only say what would be submitted.
+
+    Raises:
+        RunDirectoryError: the folder is something else's, or a run in it was trained with another config.
+        LaunchError: fresh, and a stage has a job.
+        TrimtabError: whatever `submit` raises; what was submitted before stays, and is noted.
+    """
+    require_folder(pipeline.root, FILE_NAME, "pipeline")
+    if not fresh:
+        _refuse_other_configs(pipeline)
+    if not dry_run:
+        make_folder(pipeline.root, FILE_NAME, "pipeline")
+    with contextlib.nullcontext() if dry_run else _held(pipeline.root, say):
+        record = read_record(pipeline.root)
+        steps = decide(pipeline, record, states, fresh=fresh)
+        for line in _told(pipeline, record, steps, dry_run):
+            say(line)
+        if dry_run:
+            return {}
+        if in_vain := [job for step in steps if step.action == "submit" for job in step.jobs]:
+            cancel(in_vain)
+        return _carry_out(pipeline, record, steps, submit, say)
+
+
+def _carry_out(
+    pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Step], submit: Submit, say: Say
+) -> dict[str, str]:
+    known = {} if record is None else {stage.name: stage for stage in record.stages}
+    entries = {
+        step.stage.name: _entry(step.stage, known.get(step.stage.name), submitted=step.action == "submit")
+        for step in steps
+    }
+    _write(pipeline, entries.values())
+    jobs: dict[str, str] = {}
+    waited: dict[str, tuple[str, ...]] = {}
+    for step in steps:
+        stage = step.stage
+        if step.action == "keep":
+            waited[stage.name] = step.jobs
+            jobs[stage.name] = entries[stage.name].job
+        if step.action != "submit":
+            continue
+        if stage.sweep is not None:
+            enter_sweep(stage.sweep, say)
+        for request in step.requests:
+            _forget_cancellation(request.root)
+        after = [job for name in stage.after for job in waited.get(name, ())]
+        if (job := submit(stage, step.requests, after)) is None:
+            continue
+        waited[stage.name], jobs[stage.name] = (job,), job
+        runs = tuple(str(request.root) for request in step.requests)
+        entries[stage.name] = entries[stage.name].model_copy(update={"job": job, "runs": runs})
+        _write(pipeline, entries.values())
+        say(f"{stage.name}: job {job}{f', when {_listed(after)} has ended well' if after else ''}")
+    return jobs
+
+
+def _entry(stage: Stage, known: StageRecord | None, *, submitted: bool) -> StageRecord:
+    job = known.job if known is not None and not submitted else ""
+    runs = known.runs if known is not None and not submitted else tuple(str(each.root) for each in stage.requests)
+    return StageRecord(name=stage.name, root=str(stage.root), runs=runs, after=stage.after, job=job)
+
+
+def decide(
+    pipeline: Pipeline, record: PipelineRecord | None, states: States, *, fresh: bool = False
+) -> tuple[Step, ...]:
+    """What is to be done about each stage, in the order of submission.
+
+    Raises:
+        LaunchError: fresh, and a stage has a job.
+    """
+    known = {} if record is None else {stage.name: stage for stage in record.stages}
+    jobs = {name: current_jobs(stage) for name, stage in known.items()}
+    alive = states([job for ids in jobs.values() for job in ids]) if any(jobs.values()) else {}
+    sources = {stage.source for stage in pipeline.stages}
+    steps: dict[str, Step] = {}
+    for stage in pipeline.stages:
+        left = tuple(each for each in stage.requests if fresh or not _is_done(each.root, sources))
+        active = {job: alive[job] for job in jobs.get(stage.name, ()) if job in alive}
+        if fresh and active:
+            raise LaunchError(f"{stage.name} has job {_listed(list(active))}; end it before --fresh")
+        waits_in_vain = stage.name in known and (
+            set(known[stage.name].after) != set(stage.after)
+            or any(steps[name].action == "submit" for name in stage.after)
+            or "NEVER" in active.values()
+        )
+        if not left:
+            steps[stage.name] = Step(stage, "leave")
+        elif active and not (waits_in_vain and set(active.values()) <= {"PENDING", "NEVER"}):
+            steps[stage.name] = Step(stage, "keep", (), tuple(jobs[stage.name]))
+        else:
+            steps[stage.name] = Step(stage, "submit", left, tuple(active))
+    return tuple(steps.values())
+
+
+def _is_done(root: Path, sources: set[Path | None]) -> bool:
+    """Complete, and exported where a later stage goes on with it."""
+    return completed_before(root) is not None and (RunFiles(root).export not in sources or is_exported(root))
+
+
+def current_jobs(stage: StageRecord) -> tuple[str, ...]:
+    """Ids of the jobs whose good end is that of the stage: of chained jobs the newest link."""
+    if not stage.job:
+        return ()
+    links = []
+    for index, run in enumerate(stage.runs):
+        first = stage.job if len(stage.runs) == 1 else f"{stage.job}_{index}"
+        submission = read_submission(Path(run))
+        links.append(first if submission is None or not submission.job else submission.job)
+    if all(link == f"{stage.job}_{index}" for index, link in enumerate(links)):
+        return (stage.job,)
+    return tuple(link for link, run in zip(links, stage.runs, strict=True) if completed_before(Path(run)) is None)
+
+
+def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Step], dry_run: bool) -> Iterator[str]:
+    would = "would be" if dry_run else "is"
+    yield f"pipeline {pipeline.name} in {pipeline.root}"
+    for number, step in enumerate(steps, 1):
+        stage = step.stage
+        match step.action:
+            case "leave":
+                what = "is complete"
+            case "keep":
+                what = f"goes on in job {_listed(step.jobs)}"
+            case "submit":
+                what = f"{would} submitted{_amount(step)}"
+                if waits := [other.stage.name for other in steps if other.stage.name in stage.after]:
+                    what += f" after {_listed(waits)}"
+                if stage.source is not None:
+                    what += f", going on with {os.path.relpath(stage.source, pipeline.root)}"
+        yield f"  {number}. {stage.name} {what}"
+        if step.action == "submit" and step.jobs:
+            yield f"     job {_listed(step.jobs)}, which waits in vain, {would} cancelled"
+    names = {step.stage.name for step in steps}
+    for gone in [] if record is None else [stage for stage in record.stages if stage.name not in names]:
+        yield f"  {gone.name} is no longer a stage; its run{f' and its job {gone.job}' if gone.job else ''} stay"
+
+
+def _amount(step: Step) -> str:
+    stage = step.stage
+    parts = []
+    if stage.sweep is not None:
+        total, number = len(stage.requests), len(step.requests)
+        parts.append(f"an array of {number} runs" if number == total else f"{number} of its {total} runs")
+    if stage.nodes is not None:
+        fewest, most = stage.nodes
+        number_of_nodes = str(most) if fewest == most else f"{fewest}-{most}"
+        parts.append(f"{number_of_nodes} node{'' if most == 1 else 's'}{' each' if stage.sweep else ''}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _refuse_other_configs(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages:
+        for request in stage.requests:
+            if not (has_trained(request.root) and RunFiles(request.root).config.exists()):
+                continue
+            found = differences(read_run_config(request.root), request.config)
+            if changed := [difference for difference in found if not difference.harmless]:
+                lines = "\n".join(f"  {difference}" for difference in changed)
+                raise RunDirectoryError(
+                    f"{request.root} holds a run with another config:\n{lines}\n"
+                    f"use another name for the stage {stage.name} or for the pipeline, or --fresh, which moves the old "
+                    "runs aside"
+                )
+
+
+def cancel_after(root: Path, why: str, cancel: Cancel) -> list[str]:
+    """Cancel what waits for the run in `root`, which has ended for good otherwise than well.
+
+    Every run of the stages that wait for it, also through others, that has not begun gets an outcome which says why.
+
+    Args:
+        why: how it ended: `halted: the loss is not finite`.
+
+    Returns:
+        The names of the stages; none where the run is of no pipeline.
+
+    Raises:
+        RunDirectoryError: the record of the pipeline is damaged, or an outcome cannot be written.
+    """
+    found = _pipeline_of(root)
+    if found is None:
+        return []
+    folder, failed = found
+    with _held(folder, print):
+        record = read_record(folder)
+        stages = [] if record is None else _waiting_for(record, failed)
+        jobs = [job for stage in stages for job in current_jobs(stage)]
+        for stage in stages:
+            for run in map(Path, stage.runs):
+                _note_cancellation(run, f"not started: stage {failed!r} {why}")
+    if jobs:
+        cancel(jobs)
+    return [stage.name for stage in stages]
+
+
+def _pipeline_of(root: Path) -> tuple[Path, str] | None:
+    """(folder of the pipeline, stage) that the run is of."""
+    for folder in (root.parent, root.parent.parent):
+        record = read_record(folder)
+        for stage in () if record is None else record.stages:
+            if str(root) in stage.runs:
+                return folder, stage.name
+    return None
+
+
+def _waiting_for(record: PipelineRecord, name: str) -> list[StageRecord]:
+    """The stages that wait for it, also through others, and have not begun."""
+    stopped, found = {name}, []
+    for stage in record.stages:
+        if not stopped & set(stage.after) or not stage.job or _has_begun(stage):
+            continue
+        stopped.add(stage.name)
+        found.append(stage)
+    return found
+
+
+def _has_begun(stage: StageRecord) -> bool:
+    jobs = {job.job for run in stage.runs for job in read_jobs(RunFiles(Path(run)))}
+    return any(job == stage.job or job.startswith(f"{stage.job}_") for job in jobs)
+
+
+def _note_cancellation(run: Path, message: str) -> None:
+    files = RunFiles(run)
+    if not run.is_dir() or has_trained(run) or read_outcome(run) is not None:
+        return
+    about = {
+        "reason": CANCELLED, "exit_code": int(ExitCode.USAGE), "message": message, "step": 0, "steps": None,
+        "checkpoint": None, "held_out_loss": None, "start": 0,
+    }  # fmt: skip
+    write_atomically(files.outcome, json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def _forget_cancellation(run: Path) -> None:
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["reason"] == CANCELLED:
+        RunFiles(run).outcome.unlink(missing_ok=True)
+
+
+def read_record(root: Path) -> PipelineRecord | None:
+    """What is noted of the pipeline in `root`; None: there is none.
+
+    Raises:
+        RunDirectoryError: the record is damaged.
+    """
+    path = root / FILE_NAME
+    try:
+        return PipelineRecord.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValidationError) as error:
+        raise RunDirectoryError(
+            f"{path} cannot be read ({type(error).__name__}); restore it, or move it away: then no stage that is not "
+            "complete counts as submitted"
+        ) from error
+
+
+def _write(pipeline: Pipeline, entries: Iterable[StageRecord]) -> None:
+    record = PipelineRecord(name=pipeline.name, file=str(pipeline.file), stages=tuple(entries))
+    write_atomically(pipeline.root / FILE_NAME, record.model_dump_json(indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _held(folder: Path, say: Say) -> Iterator[None]:
+    """One at a time: a stage that fails at once is told of only when all that wait for it are noted."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    say(f"{folder} has been in use for {LOCK_SECONDS:g} seconds; going on all the same")
+                    break
+                time.sleep(0.1)
+            except OSError:
+                break  # no locks on this file system
+        yield
+    finally:
+        os.close(descriptor)
