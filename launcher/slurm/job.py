@@ -19,12 +19,12 @@ from typing import Any
 
 from launcher import accelerate, local, start
 from launcher.run_directory import write_atomically
-from launcher.slurm import exclusion, followers, scheduler
-from launcher.slurm.allocation import Allocation, free_port, read_allocation, usable
+from launcher.slurm import followers, scheduler
+from launcher.slurm.allocation import Allocation, free_port, read_allocation
 from launcher.slurm.cancel import was_cancelled
 from launcher.slurm.container import contained
 from launcher.slurm.ending import Ending, ending_of, note_outcome
-from launcher.slurm.examine import examine
+from launcher.slurm.fitness import Fitness
 from launcher.slurm.history import Job, append_begin, append_end, read_jobs
 from launcher.slurm.lead import Lead
 from launcher.slurm.requeue import End, GoOn, decide, exhausted
@@ -70,8 +70,7 @@ class Work:
     requests: local.Requests
     began: float
     """Unix seconds from which the time of this start counts."""
-    bad: dict[str, str] = field(default_factory=dict)
-    """Node → why it is not used any more."""
+    fitness: Fitness
     parts: dict[str, float] = field(default_factory=dict)
     """What came before the ranks → its seconds."""
     successor: str | None = None
@@ -80,11 +79,6 @@ class Work:
     @property
     def site(self) -> SiteConfig:
         return self.submission.site
-
-    @property
-    def runs(self) -> Path:
-        """The folder of runs: what one of them learns of a node holds for all."""
-        return self.files.root.parent
 
     def jobs(self) -> list[Job]:
         """Those of this submission."""
@@ -124,7 +118,9 @@ def _run(root: Path, command: Sequence[str], requests: local.Requests) -> int:
     if submission is None:
         raise LaunchError(f"{root} was not submitted: it holds no submission.json; trimtab submit {root}")
     allocation = read_allocation(os.environ, scheduler.hostnames, scheduler.end_time)
-    work = Work(files, read_run_config(root), submission, allocation, command, requests, allocation.began)
+    config = read_run_config(root)
+    fitness = Fitness(submission, config, allocation.nodes, say)
+    work = Work(files, config, submission, allocation, command, requests, allocation.began, fitness)
     if submission.site.continue_by == "chain":
         work.successor = followers.chain(submission, allocation.job, say)
     relaunched: dict[str, Any] | None = None
@@ -153,9 +149,11 @@ def _start(work: Work, relaunched: dict[str, Any] | None) -> Ending:
     try:
         if start.completed_before(files.root):
             return Ending("completed", "there was nothing left to do", ExitCode.COMPLETED)
-        nodes = _choose_nodes(work)
+        began = time.time()
+        nodes = work.fitness.choose()
+        work.parts["preflight"] = time.time() - began
         if nodes is None:
-            return Ending("node", _why_not(work), ExitCode.STOPPED)
+            return Ending("node", work.fitness.why_not(), ExitCode.STOPPED)
         if requests.wait(0) is not None:
             return Ending("signal", "asked to stop before the ranks were started", ExitCode.STOPPED)
         layout = _prepare(work, len(nodes))
@@ -167,37 +165,6 @@ def _start(work: Work, relaunched: dict[str, Any] | None) -> Ending:
     except TrimtabError as error:
         return Ending("refused", str(error), error.exit_code)
     return _train(work, layout, nodes, relaunched)
-
-
-def _choose_nodes(work: Work) -> tuple[str, ...] | None:
-    """The nodes that ranks are started on; None: too few of them are well."""
-    site, place = work.site, work.allocation
-    fewest, ranks = work.submission.nodes[0], work.submission.ranks_per_node
-    began = time.time()
-    known = exclusion.excluded(work.runs, began)
-    for node in place.nodes:
-        if node in known:
-            work.bad.setdefault(node, known[node].why)
-    left = [node for node in place.nodes if node not in work.bad]
-    if site.preflight.enabled and left:
-        for node, why in examine(work, left).items():
-            say(f"{why}; it is left out for {site.exclude_hours:g} hours")
-            work.bad[node] = why
-            exclusion.exclude(work.runs, node, why, work.submission.name, time.time(), site.exclude_hours)
-        left = [node for node in left if node not in work.bad]
-    work.parts["preflight"] = time.time() - began
-
-    samples, micro = work.config.batch.samples, work.config.batch.micro
-    number = usable(len(left), fewest, lambda nodes: samples % (micro * ranks * nodes) == 0)
-    if number is None:
-        return None
-    if number < len(left):
-        say(f"{len(left)} nodes are well, of which {number} are used: the global batch does not divide over more")
-    return tuple(left[:number])
-
-
-def _why_not(work: Work) -> str:
-    return f"{len(work.bad)} of {len(work.allocation.nodes)} nodes are not fit: {'; '.join(work.bad.values())}"
 
 
 def _prepare(work: Work, nodes: int) -> accelerate.Layout:
@@ -298,7 +265,7 @@ def _nodes_are_well(work: Work) -> bool:
             return False
         gone = {node: state for node, state in states.items() if scheduler.is_gone(state)}
         for node, state in gone.items():
-            work.bad[node] = f"{node} is {state}"
+            work.fitness.bad[node] = f"{node} is {state}"
         if gone or time.monotonic() > deadline:
             return not gone
         if work.requests.wait(1.0) is not None:
@@ -308,7 +275,7 @@ def _nodes_are_well(work: Work) -> bool:
 def _go_on(work: Work, job: Job, then: GoOn) -> int:
     """Hand the run over to the next job: this one again, or one that depends on it."""
     files, place = work.files, work.allocation
-    leave_out = sorted({*work.site.exclude, *exclusion.excluded(work.runs, time.time()), *work.bad})
+    leave_out = work.fitness.left_out()
     append_end(files, replace(job, then=then.by))
     say(f"{job.why or job.reason}: the run goes on by {then.by} from step {job.reached}")
     if then.by == "requeue":
