@@ -67,6 +67,7 @@ def process_catalogue(steps: int, ranks: int) -> tuple[Exercise, ...]:
         Exercise("slow-rank", at(step=place, rank=last).slow(0.5, steps=2 * every)),
         Exercise("terminate", at(step=place, rank=last).terminate(), ends="stopped"),
         Exercise("warn", at(step=place).warn(), ends="stopped"),
+        Exercise("warn-saving", at(step=place, rank=last).warn_while_saving(), ends="stopped"),
     )
 
 

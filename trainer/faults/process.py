@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError
-from trainer.faults.sentence import OF_CHECKPOINT, Kind, Strike
+from trainer.faults.sentence import OF_CHECKPOINT, WHILE_SAVING, Kind, Strike
 
 if TYPE_CHECKING:
     from trainer.config.files import RunFiles
@@ -47,7 +47,6 @@ _SIGNALS = {
     Kind.TERMINATE: signal.SIGTERM,
     Kind.WARN: signal.SIGUSR1,
 }
-_WHILE_SAVING = (Kind.KILL_WHILE_SAVING, Kind.KILL_EVERYTHING_WHILE_SAVING)
 
 
 @dataclass(slots=True)
@@ -119,10 +118,13 @@ class ProcessFaults:
     def moment(self) -> None:
         """The writing of a checkpoint is at its next moment."""
         for pending in self._pending:
-            if pending.reached and pending.strike.kind in _WHILE_SAVING:
+            if pending.reached and not pending.struck and pending.strike.kind in WHILE_SAVING:
                 pending.moments += 1
                 if pending.moments >= pending.strike.factor:
                     self._note(pending)
+                    if pending.strike.kind is Kind.WARN_WHILE_SAVING:
+                        os.kill(os.getpid(), signal.SIGUSR1)
+                        continue
                     if pending.strike.kind is Kind.KILL_EVERYTHING_WHILE_SAVING:
                         kill_everything()
                     os.kill(os.getpid(), signal.SIGKILL)

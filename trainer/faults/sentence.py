@@ -45,6 +45,7 @@ class Kind(Enum):
     CHECKPOINTS_ARE_READ_ONLY = "checkpoints_are_read_only"
     DATA_WORKER_DIES = "data_worker_dies"
     SLOW = "slow"
+    WARN_WHILE_SAVING = "warn_while_saving"
 
 
 BY_BATCH = frozenset({Kind.DATA_IS_NAN, Kind.RANDOM_TOKENS, Kind.ONE_TOKEN, Kind.SHUFFLED_LABELS, Kind.DRIFT})
@@ -56,7 +57,7 @@ OF_TOKENS = BY_BATCH - {Kind.DATA_IS_NAN}
 OF_CHECKPOINT = frozenset({Kind.DAMAGE_CHECKPOINT, Kind.TRUNCATE_CHECKPOINT, Kind.DELETE_CHECKPOINT_FILE})
 """In the files of the newest checkpoint."""
 
-REQUESTS = frozenset({Kind.TERMINATE, Kind.WARN})
+REQUESTS = frozenset({Kind.TERMINATE, Kind.WARN, Kind.WARN_WHILE_SAVING})
 """Not faults at all: the run must save and end in order."""
 
 OF_PROCESS = (
@@ -76,14 +77,16 @@ OF_PROCESS = (
 )
 """Of the processes, their disk and their checkpoints; all others leave the processes as they are."""
 
-_WHILE_SAVING = frozenset({Kind.KILL_WHILE_SAVING, Kind.KILL_EVERYTHING_WHILE_SAVING})
+WHILE_SAVING = frozenset({Kind.KILL_WHILE_SAVING, Kind.KILL_EVERYTHING_WHILE_SAVING, Kind.WARN_WHILE_SAVING})
+"""At a moment of the writing of a checkpoint."""
+
 _ON_ALL_RANKS = BY_BATCH | {
     Kind.LEARNING_RATE_TIMES,
     Kind.KILL_EVERYTHING,
     Kind.DISK_IS_FULL,
     Kind.CHECKPOINTS_ARE_READ_ONLY,
 }
-_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT, Kind.SLOW}) | _WHILE_SAVING
+_WITH_FACTOR = frozenset({Kind.GRADIENT_TIMES, Kind.LEARNING_RATE_TIMES, Kind.DRIFT, Kind.SLOW}) | WHILE_SAVING
 _WITH_STEPS = frozenset({Kind.LEARNING_RATE_TIMES, Kind.DISK_IS_FULL, Kind.CHECKPOINTS_ARE_READ_ONLY, Kind.SLOW})
 
 
@@ -100,7 +103,7 @@ class Strike:
     """Where; None: on every rank."""
     factor: float = 1.0
     """Of `gradient_times`, `learning_rate_times`; the share of labels that `drift` adds with every batch; which moment
-    of a save `kill_while_saving` waits for; the seconds that `slow` adds to a step."""
+    of a save `…_while_saving` waits for; the seconds that `slow` adds to a step."""
     visit: int = 1
     """It is there the visit-th time that an attempt at its step begins: 2 is a replay, or the way back after a
     rollback."""
@@ -236,6 +239,10 @@ class Moment:
         """A rank is killed while it writes a checkpoint, at this step or later: at the first moment of a save, the
         second (in the middle of its first file), and so on; counted on over saves."""
         return self._fault(Kind.KILL_WHILE_SAVING, _whole("moment", moment, 1))
+
+    def warn_while_saving(self, moment: int = 2) -> Fault:
+        """A rank gets SIGUSR1, a scheduler's warning, while it writes a checkpoint: at a moment as before."""
+        return self._fault(Kind.WARN_WHILE_SAVING, _whole("moment", moment, 1))
 
     def kill_everything_while_saving(self, moment: int = 2) -> Fault:
         """As before, and with the rank all ranks on its machine and their agent."""

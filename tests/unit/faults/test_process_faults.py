@@ -184,6 +184,38 @@ def test_a_kill_in_a_save_waits_for_its_moment(tmp_path: Path, word: str, moment
     assert len(lines) == 5 + moments_before
 
 
+def test_a_warning_in_a_save_comes_once_at_its_moment(tmp_path: Path) -> None:
+    code, lines = ended(
+        tmp_path,
+        """
+        received = []
+        signal.signal(signal.SIGUSR1, lambda got, _: received.append(got))
+        own = faults("at(step=2).warn_while_saving(3)")
+        for step in (1, 2, 3):
+            own.begin(step)
+            for moment in range(4):
+                own.moment()
+            say(step, len(received))
+        """,
+    )
+    assert (code, lines) == (0, ["1 0", "2 1", "3 1"])
+
+
+def test_a_slow_rank_computes_longer_in_its_steps(tmp_path: Path) -> None:
+    code, lines = ended(
+        tmp_path,
+        """
+        import time
+        own = faults("at(step=2).slow(0.2, steps=2)")
+        for step in (1, 2, 3, 4):
+            before = time.thread_time()
+            own.begin(step)
+            say(step, time.thread_time() - before > 0.05)
+        """,
+    )
+    assert (code, lines) == (0, ["1 False", "2 True", "3 True", "4 False"])
+
+
 def checkpoint(folder: Path, name: str, ranks: int = 2) -> Path:
     directory = folder / "checkpoints" / name
     directory.mkdir(parents=True)

@@ -39,6 +39,7 @@ EVERY = {
     "at(step=40).disk_is_full(steps=30)": at(step=40).disk_is_full(30),
     "at(step=40).checkpoints_are_read_only(steps=3)": at(step=40).checkpoints_are_read_only(steps=3),
     "at(step=40, rank=1).data_worker_dies()": at(step=40, rank=1).data_worker_dies(),
+    "at(step=40, rank=0).warn_while_saving(3)": at(step=40).warn_while_saving(3),
     "at(step=40, rank=1, start=2).slow(0.5, steps=30)": at(step=40, rank=1, start=2).slow(0.5, steps=30),
     "all_of(at(step=2, rank=0).gradient_is_nan(), batches(1, 2).one_token())": all_of(
         at(step=2).gradient_is_nan(), batches(1, 2).one_token()
