@@ -55,7 +55,7 @@ class _Faults:
             among: the nodes that were asked.
             shared: it is the same thing for all, so that even a single node is not to blame.
         """
-        if len(faults) == len(among) and (shared or len(faults) > 1):
+        if faults and len(faults) == len(among) and (shared or len(faults) > 1):
             node, clause = next(iter(faults.items()))
             everywhere = f"on all {len(faults)} nodes, so it is not their fault: " if len(faults) > 1 else ""
             self.trouble.append(f"{everywhere}{node}: {clause}")
@@ -174,7 +174,9 @@ def _judge_versions(there: Mapping[str, Report], faults: _Faults) -> None:
             usual = first
         whose = next(node for node, version in versions.items() if version == usual)
         common = f"on {whose}" if len(there) == 2 else f"on {counts[usual]} other nodes"
-        faults.add({node: f"{name} is {own}, {common} it is {usual}" for node, own in versions.items() if own != usual})
+        for node, own in versions.items():
+            if own != usual:
+                faults.blame(node, f"{name} is {own}, {common} it is {usual}")
 
 
 def _judge_meeting(reports: Mapping[str, Report | None], wanted: PreflightConfig, faults: _Faults) -> None:
@@ -190,7 +192,7 @@ def _judge_meeting(reports: Mapping[str, Report | None], wanted: PreflightConfig
     _judge_links(meetings, wanted, faults)
     wrong = {node for meeting in meetings.values() for node in meeting.wrong}
     if len(wrong) == 1:
-        faults.add(dict.fromkeys(wrong, "what it adds to a sum over all nodes comes out wrong"))
+        faults.blame(wrong.pop(), "what it adds to a sum over all nodes comes out wrong")
     elif wrong:
         faults.trouble.append(f"a sum over all nodes came out wrong in what {', '.join(sorted(wrong))} added to it")
 
