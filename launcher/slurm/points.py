@@ -102,7 +102,7 @@ def points_of(axes: Sequence[Axis]) -> list[Point]:
     Raises:
         ConfigError: the axes contradict each other, or there are too many points.
     """
-    if problems := list(_contradictions(axes)):
+    if problems := list(dict.fromkeys(_contradictions(axes))):
         raise ConfigError(problems, "the sweep")
     labels = _labels([axis.option for axis in axes])
     combinations = product(*(axis.values for axis in axes))

@@ -97,7 +97,7 @@ def read_sweep(
         raise
     require_folder(root, FILE_NAME, "sweep")
     known = read_points(root) or []
-    points, added = _joined(root, known, points)
+    points, added = _joined(root, known, points_of(_as_before(known, axes)))
     return Sweep(root, tuple(points), tuple(_requests(source, overrides, root, points, ranks)), tuple(added))
 
 
@@ -128,6 +128,12 @@ def _requests(
     if problems:
         raise ConfigError(list(problems), str(source))
     return requests
+
+
+def _as_before(known: Sequence[Point], axes: Sequence[Axis]) -> Sequence[Axis]:
+    """The axes in the order that the names of the points have them in."""
+    order = [override.partition("=")[0] for override in known[0].overrides] if known else []
+    return sorted(axes, key=lambda axis: order.index(axis.option)) if {*order} == {a.option for a in axes} else axes
 
 
 def _joined(root: Path, known: Sequence[Point], points: Sequence[Point]) -> tuple[list[Point], list[str]]:
