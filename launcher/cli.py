@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.slurm import verbs
 from trainer.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -273,6 +274,10 @@ def doctor(
     _console().print(table(findings))
     if any(finding.level == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+app.command()(verbs.submit)
+app.command()(verbs.cancel)
 
 
 def _warn(request: start.Request) -> None:

@@ -65,3 +65,8 @@ def _path(path: Path) -> str:
     """As it is pasted into a shell; relative where that is shorter."""
     relative = os.path.relpath(path)
     return shlex.quote(relative if len(relative) < len(str(path)) else str(path))
+
+
+def shown(text: str) -> str:
+    """A text of users on one line of a terminal: control characters are made visible."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

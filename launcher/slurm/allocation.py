@@ -22,21 +22,17 @@ class Allocation:
     """Names, in the scheduler's order: this process runs on the first."""
     began: float
     """Unix seconds."""
-    ends: float | None
-    """Unix seconds of its time limit; None: not known, or none."""
 
 
 def read_allocation(
     environment: Mapping[str, str],
     hostnames: Callable[[str], list[str]],
-    end_of: Callable[[str], float | None],
     now: Callable[[], float] = time.time,
 ) -> Allocation:
     """The allocation of the batch script that this process belongs to.
 
     Args:
         hostnames: of a list of nodes as Slurm writes it.
-        end_of: time limit of a job, where the environment does not say it.
 
     Raises:
         LaunchError: this is no job of one kind of nodes.
@@ -52,14 +48,14 @@ def read_allocation(
         raise LaunchError(f"{error.args[0]} is not set: this runs in a batch script of `trimtab submit`") from None
     if "SLURM_ARRAY_TASK_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    began, ends = environment.get("SLURM_JOB_START_TIME"), environment.get("SLURM_JOB_END_TIME")
+    # newer schedulers say it
+    began = environment.get("SLURM_JOB_START_TIME")
     return Allocation(
         job=job,
         # unset, not 0, on the first start
         restart=int(environment.get("SLURM_RESTART_COUNT") or 0),
         nodes=nodes,
         began=float(began) if began else now(),
-        ends=float(ends) if ends else end_of(job),
     )
 
 

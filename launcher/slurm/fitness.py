@@ -85,7 +85,7 @@ class Fitness:
         submission = self._submission
         findings = examine(
             nodes,
-            lambda argv, environment, seconds: self._srun(nodes, argv, environment, seconds),
+            self._srun,
             RunFiles(Path(submission.root)).root / "preflight",
             submission.site.preflight,
             submission.ranks_per_node if submission.device == "cuda" else 0,
@@ -99,7 +99,7 @@ class Fitness:
         for node, sentences in findings.bad.items():
             self.leave_out(node, "; ".join(sentences))
 
-    def _srun(self, nodes: list[str], argv: Sequence[str], environment: Mapping[str, str], seconds: float) -> int:
+    def _srun(self, nodes: Sequence[str], argv: Sequence[str], environment: Mapping[str, str], seconds: float) -> int:
         """One process on each node; the end of one does not end the others."""
         listed = f"--nodelist={','.join(nodes)}"
         step = ["srun", f"--nodes={len(nodes)}", listed, "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--overlap"]

@@ -117,7 +117,7 @@ def _run(root: Path, command: Sequence[str], requests: local.Requests) -> int:
     submission = read_submission(root)
     if submission is None:
         raise LaunchError(f"{root} was not submitted: it holds no submission.json; trimtab submit {root}")
-    allocation = read_allocation(os.environ, scheduler.hostnames, scheduler.end_time)
+    allocation = read_allocation(os.environ, scheduler.hostnames)
     config = read_run_config(root)
     fitness = Fitness(submission, config, allocation.nodes, say)
     work = Work(files, config, submission, allocation, command, requests, allocation.began, fitness)
@@ -216,7 +216,7 @@ def _train(work: Work, layout: accelerate.Layout, nodes: tuple[str, ...], relaun
         grace_seconds=float(accelerate.SHUTDOWN_SECONDS),
         stopping="the ranks finish this step, then save and stop",
         say=say,
-        watch=_Watch(Lead(files, place.ends, work.site.signal_seconds), work.requests),
+        watch=_Watch(Lead(files, lambda: _end_time(place.job), work.site.signal_seconds), work.requests),
         requests=work.requests,
     )
     return ending_of(files, ended, by, newest_before)
@@ -239,6 +239,14 @@ class _Watch:
         elif time.monotonic() - self._asked_at > AGAIN_SECONDS:
             self._asked_at = time.monotonic()
             local.send(srun, signal.SIGUSR1)
+        return None
+
+
+def _end_time(job: str) -> float | None:
+    try:
+        return scheduler.end_time(job)
+    except TrimtabError:
+        # the scheduler warns by itself too
         return None
 
 

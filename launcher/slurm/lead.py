@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from trainer.config.files import RunFiles
 from trainer.telemetry.ledger import last_record
 
 MARGIN_SECONDS = 15.0
 """For ending in order: the last messages, the end of the processes, the requeue."""
 
-LOOK_SECONDS = 30.0
-"""Time between two looks into the ledger."""
+LOOK_SECONDS = 20.0
+"""Time between two looks into the ledger, and two questions about the limit."""
 
 
 class Lead:
     """The seconds before a time limit at which to ask, from what steps, saves and evaluations took so far.
 
     Args:
-        ends: Unix seconds of the limit; None: there is none.
+        ends: the limit in Unix seconds, asked again and again since it can be changed; None: there is none.
         signal_seconds: what the site leaves, and what the scheduler itself signals by.
     """
 
-    def __init__(self, files: RunFiles, ends: float | None, signal_seconds: float):
+    def __init__(self, files: RunFiles, ends: Callable[[], float | None], signal_seconds: float):
         self._files = files
-        self._ends = ends
+        self._ask = ends
+        self._ends: float | None = None
         self._signal_seconds = signal_seconds
         self._needed = 0.0
         self._looked = float("-inf")
 
     def due(self, now: float) -> str | None:
         """In words why it is time to ask (`now` in Unix seconds); None: it is not."""
-        if self._ends is None:
-            return None
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
             self._needed = needed(self._files)
+            self._ends = self._ask()
+        if self._ends is None:
+            return None
         lead = max(self._signal_seconds, self._needed)
         if now < self._ends - lead:
             return None

@@ -72,6 +72,7 @@ def submit_runs(
     options: SubmitOptions,
     *,
     after: Sequence[str] = (),
+    before: Sequence[str] = (),
     dry_run: bool = False,
     say: Say,
 ) -> Submitted:
@@ -79,6 +80,7 @@ def submit_runs(
 
     Args:
         after: ids of jobs that must have ended well before it begins.
+        before: run directories of those jobs.
         dry_run: write nothing, submit nothing.
 
     Raises:
@@ -90,7 +92,7 @@ def submit_runs(
     if not requests:
         raise LaunchError("there is no run to submit")
     requests = [_on_these_nodes(request, options) for request in requests]
-    submissions = [_submission(request, options, requests) for request in requests]
+    submissions = [_submission(request, options, requests, before) for request in requests]
     script, path = render(submissions), Path(submissions[0].script)
     arguments = sbatch_arguments(submissions)
     if after:
@@ -137,7 +139,9 @@ def _fits(config: RunConfig, nodes: int) -> bool:
     return True
 
 
-def _submission(request: start.Request, options: SubmitOptions, requests: Sequence[start.Request]) -> Submission:
+def _submission(
+    request: start.Request, options: SubmitOptions, requests: Sequence[start.Request], before: Sequence[str]
+) -> Submission:
     config, site = request.config, options.site
     nodes = options.nodes or (config.cluster.nodes, config.cluster.nodes)
     device = _device(config, site, nodes)
@@ -154,6 +158,7 @@ def _submission(request: start.Request, options: SubmitOptions, requests: Sequen
         time=options.time or site.time,
         python=site.python or sys.executable,
         site=site,
+        after=tuple(before),
         submitted=time.time(),
     )
 
@@ -162,19 +167,16 @@ def _device(config: RunConfig, site: SiteConfig, nodes: tuple[int, int]) -> Lite
     """What the ranks compute on; asks the scheduler for the GPUs of its nodes."""
     if config.cluster.device == "cpu" or not scheduler.available():
         return "cpu" if config.cluster.device != "cuda" else "cuda"
-    gpus = scheduler.gpus_by_node(site.partition)
-    wanted = config.cluster.ranks_per_node
-    enough = sum(count >= wanted for count in gpus.values())
+    gpus = scheduler.gpus_by_node(site.partition, site.gpu_type)
     if config.cluster.device == "auto" and not any(gpus.values()):
         return "cpu"
-    if enough < nodes[0]:
-        counts = ", ".join(
-            f"{sum(c == count for c in gpus.values())} with {count}" for count in sorted({*gpus.values()})
-        )
+    wanted = config.cluster.ranks_per_node
+    if sum(count >= wanted for count in gpus.values()) < nodes[0]:
+        kinds = ", ".join(f"{list(gpus.values()).count(number)} with {number}" for number in sorted({*gpus.values()}))
         raise LaunchError(
-            f"{wanted} ranks a node need as many GPUs, and the partition {site.partition or '(default)'} has nodes of "
-            f"different kinds or too few: {counts}; lower cluster.ranks_per_node to what {nodes[0]} nodes have, or name "
-            "another partition"
+            f"{nodes[0]} nodes with {wanted} GPUs each are needed, one GPU a rank, and the partition "
+            f"{site.partition or '(default)'} has {kinds or 'none'}; lower cluster.ranks_per_node or --nodes, or name "
+            "another partition in the site's settings"
         )
     return "cuda"
 

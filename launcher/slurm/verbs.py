@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from launcher.words import shown
+from trainer.errors import LaunchError
+
+if TYPE_CHECKING:
+    from launcher.slurm.stages import Pipeline, Stage
+    from launcher.slurm.submit import SubmitOptions, Submitted
+    from launcher.start import Request
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")]
 
@@ -38,7 +48,8 @@ def submit(
     site: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Settings of the cluster. Default: $TRIMTAB_SITE, site.yaml, ~/.config/trimtab/site.yaml."
+            metavar="FILE",
+            help="Settings of the cluster. Default: $TRIMTAB_SITE, ./site.yaml, ~/.config/trimtab/site.yaml.",
         ),
     ] = None,
     fresh: Annotated[
@@ -48,32 +59,78 @@ def submit(
 ) -> None:
     """Submit a run to Slurm. Its jobs look after it: they requeue it until it has ended."""
     from launcher import start
-    from launcher.slurm import pipeline
     from launcher.slurm.site import load_site
+    from launcher.slurm.stages import is_pipeline
     from launcher.slurm.submit import SubmitOptions, read_nodes, submit_runs
+    from launcher.slurm.sweep import expand
 
     options = SubmitOptions(load_site(site), None if nodes is None else read_nodes(nodes), time, fresh)
-    if pipeline.is_pipeline(config):
+    if is_pipeline(config):
+        if sweep or seeds or nodes or ranks or time:
+            raise LaunchError(f"{config} is a pipeline: nodes, ranks, time, sweeps and seeds are given in it, by stage")
         _submit_pipeline(config, overrides or (), options, dry_run)
         return
-    request = start.read_request(config, overrides or (), ranks)
-    requests = [request]
     if sweep or seeds:
-        from launcher.slurm.sweep import expand
-
         requests = expand(config, overrides or (), sweep or (), seeds, ranks, dry_run=dry_run, say=_say)
+    else:
+        requests = [start.read_request(config, overrides or (), ranks)]
     for warning in dict.fromkeys(text for each in requests for text in each.warnings):
         _say(f"warning: {warning}")
     done = submit_runs(requests, options, dry_run=dry_run, say=_say)
-    root = requests[0].root if len(requests) == 1 else requests[0].root.parent
     if dry_run:
-        print(f"# {shlex.join(done.command)}\n{done.script}")
+        _show(done)
         return
-    kind = "job" if len(requests) == 1 else f"an array of {len(requests)} jobs"
-    print(f"submitted {kind} {done.job}: {root}")
-    print(f"  trimtab status {shlex.quote(str(root if len(requests) == 1 else root))}")
-    if len(requests) == 1:
-        print(f"  trimtab logs {shlex.quote(str(root))} --follow")
+    single = len(requests) == 1
+    root = requests[0].root if single else requests[0].root.parent
+    print(f"submitted {'job' if single else f'an array of {len(requests)} jobs'} {done.job}: {shown(str(root))}")
+    verbs = ("status", "logs --follow", "cancel") if single else ("status", "results")
+    for verb in verbs:
+        print(f"  trimtab {verb} {shlex.quote(str(root))}")
+
+
+def _show(done: Submitted) -> None:
+    """What a dry run would have done."""
+    print(f"# {shlex.join(done.command)}\n{done.script}")
+
+
+def _submit_pipeline(path: Path, overrides: Sequence[str], options: SubmitOptions, dry_run: bool) -> None:
+    from launcher.slurm import scheduler
+    from launcher.slurm.pipeline import submit_pipeline
+    from launcher.slurm.stages import read_pipeline
+    from launcher.slurm.submit import submit_runs
+
+    pipeline = read_pipeline(path, overrides)
+
+    def submit_stage(stage: Stage, requests: Sequence[Request], after: Sequence[str]) -> str | None:
+        own = replace(options, nodes=stage.nodes, time=stage.time or options.time)
+        return submit_runs(requests, own, after=after, before=_before(pipeline, stage), say=_say).job
+
+    def states(ids: Sequence[str]) -> dict[str, str]:
+        alive = {job: state for job, state in scheduler.jobs(ids).items() if scheduler.is_alive(state.state)}
+        return {job: "NEVER" if "Never" in state.reason else state.state for job, state in alive.items()}
+
+    if not dry_run:
+        scheduler.require()
+    jobs = submit_pipeline(
+        pipeline,
+        submit_stage,
+        states if scheduler.available() else lambda _: {},
+        scheduler.cancel,
+        fresh=options.fresh,
+        dry_run=dry_run,
+        say=_say,
+    )
+    if dry_run:
+        return
+    listed = ", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "nothing: all its stages have ended well"
+    print(f"submitted {listed}: {shown(str(pipeline.root))}")
+    print(f"  trimtab status {shlex.quote(str(pipeline.root))}")
+
+
+def _before(pipeline: Pipeline, stage: Stage) -> tuple[str, ...]:
+    """Run directories of the stages that a stage waits for."""
+    roots = {each.name: each.root for each in pipeline.stages}
+    return tuple(str(roots[name]) for name in stage.after)
 
 
 def cancel(

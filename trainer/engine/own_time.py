@@ -40,7 +40,7 @@ class OwnTime:
         if not self._on_gpu:
             yield
             return
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
         yield
         last.record()
@@ -50,7 +50,7 @@ class OwnTime:
         """Seconds of the attempt. On a GPU the caller has waited for its stream: the gradients' norms are read."""
         if not self._on_gpu:
             return _busy_seconds() - self._began
-        return sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        return float(sum(first.elapsed_time(last) for first, last in self._events)) / 1000
 
 
 def _busy_seconds() -> float:

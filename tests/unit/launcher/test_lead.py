@@ -16,11 +16,11 @@ def write_ledger(root: Path, *records: dict[str, object]) -> RunFiles:
 
 
 def test_without_a_limit_nothing_is_asked(tmp_path: Path) -> None:
-    assert Lead(RunFiles(tmp_path), None, 120).due(1e12) is None
+    assert Lead(RunFiles(tmp_path), lambda: None, 120).due(1e12) is None
 
 
 def test_the_sites_lead_holds_where_saves_are_quick(tmp_path: Path) -> None:
-    lead = Lead(RunFiles(tmp_path), 10_000.0, 120)
+    lead = Lead(RunFiles(tmp_path), lambda: 10_000.0, 120)
     assert lead.due(9_879.0) is None
     assert lead.due(9_881.0) == "119 s until the time limit of the job"
 
@@ -32,7 +32,7 @@ def test_slow_saves_are_begun_earlier_and_said(tmp_path: Path) -> None:
         {"kind": "checkpoint", "seconds": 1.0, "seconds_written": 100.0},
     )
     assert needed(files) == 2 * 10 + 2 * 100 + MARGIN_SECONDS
-    lead = Lead(files, 10_000.0, 120)
+    lead = Lead(files, lambda: 10_000.0, 120)
     assert lead.due(9_764.0) is None
     why = lead.due(9_766.0)
     assert why is not None
@@ -42,7 +42,16 @@ def test_slow_saves_are_begun_earlier_and_said(tmp_path: Path) -> None:
 
 def test_saves_that_become_slow_are_noticed(tmp_path: Path) -> None:
     files = write_ledger(tmp_path, {"kind": "checkpoint", "seconds": 1.0, "seconds_written": 1.0})
-    lead = Lead(files, 10_000.0, 30)
+    lead = Lead(files, lambda: 10_000.0, 30)
     assert lead.due(9_000.0) is None
     write_ledger(tmp_path, {"kind": "checkpoint", "seconds": 1.0, "seconds_written": 400.0})
     assert lead.due(9_190.0) is not None
+
+
+def test_a_limit_that_is_moved_is_noticed(tmp_path: Path) -> None:
+    ends = [10_000.0]
+    lead = Lead(RunFiles(tmp_path), lambda: ends[0], 120)
+    assert lead.due(9_000.0) is None
+    ends[0] = 20_000.0
+    assert lead.due(9_900.0) is None
+    assert lead.due(19_900.0) is not None

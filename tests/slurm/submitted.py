@@ -1,0 +1,124 @@
+"""Runs on the test cluster, submitted as a user submits them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lab import Lab
+from workspace import Workspace
+
+from launcher.slurm.history import Job, read_jobs
+from trainer.config.files import RunFiles
+
+SITE = """
+partition: batch
+exclusive: false
+memory: 1500M
+cpus_per_task: 2
+signal_seconds: 20
+environment: {HF_HUB_OFFLINE: "1"}
+preflight: {enabled: false}
+"""
+
+
+@dataclass
+class Cluster:
+    """A workspace whose runs go to the cluster."""
+
+    lab: Lab
+    workspace: Workspace
+
+    @property
+    def root(self) -> Path:
+        return self.workspace.root
+
+    def site(self, *lines: str) -> None:
+        """Settings of the site: the usual ones, with these after them."""
+        names = {line.partition(":")[0] for line in lines}
+        kept = [line for line in SITE.strip().splitlines() if line.partition(":")[0] not in names]
+        (self.root / "site.yaml").write_text("\n".join([*kept, *lines]) + "\n")
+
+    def trimtab(self, *arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *arguments],
+            cwd=self.root,
+            env=self.lab.environment | {"HF_HUB_OFFLINE": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=120,
+        )
+        return done.returncode, done.stdout
+
+    def submit(self, *arguments: str) -> int:
+        """The id of the job."""
+        code, output = self.trimtab("submit", *arguments)
+        assert code == 0, output
+        found = re.search(r"^submitted (?:job|an array of \d+ jobs) (\d+): ", output, re.MULTILINE)
+        assert found, output
+        return int(found[1])
+
+    def files(self, name: str = "small") -> RunFiles:
+        return RunFiles(self.root / "runs" / name)
+
+    def outcome(self, name: str = "small") -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(self.files(name).outcome.read_text())
+        return result
+
+    def ledger(self, name: str = "small") -> list[dict[str, Any]]:
+        try:
+            lines = self.files(name).ledger.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+    def jobs(self, name: str = "small") -> list[Job]:
+        return read_jobs(self.files(name))
+
+    def log(self, name: str = "small") -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.files(name).logs.glob("*.log")))
+
+    def is_training(self, start: int, name: str = "small") -> bool:
+        """Whether that start has taken a step."""
+        return any(record["kind"] == "attempt" and record["start"] == start for record in self.ledger(name))
+
+    def wait_for_training(self, start: int, name: str = "small", seconds: float = 90) -> None:
+        try:
+            self.lab.wait_for(lambda: self.is_training(start, name), seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log(name)}") from error
+
+    def wait_until_over(self, job: int | str, name: str = "small", seconds: float = 180) -> None:
+        """Until the scheduler has ended the job for good."""
+
+        def is_over() -> bool:
+            state = self.lab.run("squeue", "--noheader", "--states=all", "--format=%T", f"--job={job}").stdout.split()
+            return not any(each in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED") for each in state)
+
+        try:
+            self.lab.wait_for(is_over, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log(name)}") from error
+
+    def ranks(self, name: str = "small") -> list[psutil.Process]:
+        """Processes of ranks of a run, on all nodes, in the order in which they were started."""
+        run = str(self.files(name).root)
+        found = []
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            line = process.info["cmdline"] or []
+            if line[-1:] == [run] and "trainer" in line and "accelerate.commands.launch" not in line:
+                found.append(process)
+        return sorted(found, key=lambda process: process.info["create_time"])
+
+    def kill_a_rank(self, name: str = "small") -> None:
+        os.kill(self.ranks(name)[-1].pid, signal.SIGKILL)
