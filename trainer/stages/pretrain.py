@@ -37,6 +37,7 @@ from trainer.report.incident import IncidentReports
 from trainer.saving import Saver
 from trainer.stages.build import Setting, build_engine, make_guard, make_timer
 from trainer.stages.storage import Storage
+from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
 from trainer.telemetry.recorder import Level, NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
 
@@ -220,6 +221,9 @@ class Pretraining:
         setting, config = self.setting, self.setting.config
         if not setting.ranks.is_first:
             return NoTelemetry()
+        began = psutil.Process().create_time()
+        relaunched = json.loads(os.environ.get(RELAUNCHED_VARIABLE, "null"))
+        job = json.loads(os.environ.get(JOB_VARIABLE, "null"))
         facts = RunFacts(
             name=config.name,
             ranks=setting.ranks.world_size,
@@ -230,9 +234,11 @@ class Pretraining:
             tokens_per_step=self.numbers.tokens_per_step,
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
             config=dump_config(config),
-            began=psutil.Process().create_time(),
+            began=began,
             seconds_loading=self.resumed.seconds if self.resumed else 0.0,
-            relaunched=json.loads(os.environ.get(RELAUNCHED_VARIABLE, "null")),
+            relaunched=relaunched,
+            allocated=job["allocated"] if job else relaunched["ended"] if relaunched else began,
+            job=job,
             plan={
                 "parameters": setting.facts.num_parameters,
                 "ZeRO stage": config.zero.stage,

@@ -39,6 +39,8 @@ class RunView:
         self.evaluation: Record | None = None
         self.checkpoint: Record | None = None
         self.outcome: Record | None = None
+        self.goodput: float | None = None
+        """Time in standing steps over time allocated; None: nothing stands yet."""
         self.step = 0
         self._losses = History()
         self._recent: deque[Record] = deque(maxlen=_RECENT_ATTEMPTS)
@@ -68,6 +70,8 @@ class RunView:
                 self.evaluation = record
             case "checkpoint":
                 self.checkpoint = record
+            case "goodput":
+                self.goodput = record["fraction"] or None
             case "outcome":
                 self.outcome = record
         heard = notice(record)
@@ -104,6 +108,8 @@ class RunView:
         if attempt["flop_utilisation"] is not None:
             parts.append(f"FLOPs {self._mean('flop_utilisation'):4.0%}")
         parts += [f"data {self._waiting():5.1%}", f"left {_duration(self.time_left)}"]
+        if self.goodput is not None:
+            parts.append(f"goodput {self.goodput:.1%}")
         return "  ".join(parts)
 
     def __rich__(self) -> RenderableType:
@@ -134,6 +140,8 @@ class RunView:
         row.add_column(no_wrap=True)
         row.add_column(no_wrap=True)
         left = f"{_duration(self.time_left)} left" if self.outcome is None else self.outcome["reason"]
+        if self.goodput is not None:
+            left += f" · goodput {self.goodput:.1%}"
         steps = start["steps"]
         row.add_row(f"step {self.step} of {steps}", ProgressBar(steps, self.step), f"{self.step / steps:.0%}", left)
         return row

@@ -80,8 +80,9 @@ def _unescaped(value: Any) -> Any:
     return value
 
 
-def read_ledger(path: Path) -> Iterator[Record]:
-    """The records of a ledger in order.
+def read_ledger(path: Path, first: int = 0, end: float = math.inf, start: int = 0) -> Iterator[Record]:
+    """The records of a ledger in order; or of the lines that begin at the bytes from `first` to `end`, the newest start
+    before which was `start`.
 
     A last line without an end is being written, or was cut off when its process died: it is left out. A damaged line
     before that gives a `message` record of level "warning" in its place, so that every view shows it; so does what an
@@ -90,10 +91,14 @@ def read_ledger(path: Path) -> Iterator[Record]:
     Raises:
         RunDirectoryError: there is no ledger at `path`.
     """
-    admitted = _Succession().admitted
+    admitted = _Succession(start).admitted
     try:
         with path.open("rb") as file:
+            file.seek(first)
             for number, line in enumerate(file, 1):
+                if first >= end:
+                    return
+                first += len(line)
                 record = _record_of(line, number)
                 if record is not None and (record := admitted(record)) is not None:
                     yield record
@@ -130,8 +135,8 @@ def follow(path: Path, stop: threading.Event, poll_seconds: float = _POLL_SECOND
 class _Succession:
     """Tells what belongs into a ledger from what a start wrote that was superseded by then."""
 
-    def __init__(self) -> None:
-        self._start = 0
+    def __init__(self, start: int = 0) -> None:
+        self._start = start
         self._told: set[int] = set()
 
     def admitted(self, record: Record) -> Record | None:

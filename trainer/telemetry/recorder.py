@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,10 +31,11 @@ from trainer.records import (
     Verdict,
 )
 from trainer.starts import NO_FENCE, Fence, NoFence
+from trainer.telemetry.books import Books
 from trainer.telemetry.display import console_view
 from trainer.telemetry.ledger import FILE_NAME, Record, last_attempt, last_record, last_start
 from trainer.telemetry.tensorboard import FOLDER, TensorBoardView
-from trainer.telemetry.writer import Ledger, View, now
+from trainer.telemetry.writer import Ledger, View, now, say
 
 Level = Literal["info", "warning", "error"]
 
@@ -69,6 +70,10 @@ class RunFacts:
     """That finding, checking and loading the state took."""
     relaunched: Mapping[str, str | float | None] | None = None
     """What `trimtab run` told of the failed start before this one (`trainer.heartbeat.RELAUNCHED_VARIABLE`)."""
+    allocated: float = 0.0
+    """Unix seconds from which the time of this start counts."""
+    job: Mapping[str, Any] | None = None
+    """What a job of a scheduler told of itself (TRIMTAB_JOB)."""
 
 
 class Recorder(Protocol):
@@ -156,6 +161,7 @@ class Telemetry:
     def __init__(self, ledger: Ledger, start: int, norms_every: int, counts: Mapping[str, int], step: int):
         """`counts`: what `COUNTS` names, so far in the run's history."""
         self._ledger = ledger
+        self._books = Books(ledger.path, start, say)
         self._start = start
         self._norms_every = norms_every
         self._counts = dict(counts)
@@ -194,6 +200,7 @@ class Telemetry:
                 "hostname": socket.gethostname(),
             }
         )
+        telemetry._write(telemetry._books.record)
         return telemetry
 
     def record_attempt(
@@ -309,6 +316,7 @@ class Telemetry:
             "num_bytes": saved.num_bytes,
         }
         self._write(lambda: {"kind": "checkpoint", **fields})
+        self._write(self._books.record)
 
     def message(self, level: Level, text: str) -> None:
         step = self._step
@@ -318,6 +326,9 @@ class Telemetry:
         self._ledger.flush()
 
     def close(self, outcome: Outcome) -> OSError | None:
+        ended: Record = {"kind": "outcome", "time": now(), "reason": outcome.reason}
+        # what it means for the accounts, but before it: it stays the last record of a start
+        self._write(lambda: self._books.record(ended))
         self._write(lambda: {"kind": "outcome", **asdict(outcome)})
         return self._ledger.close()
 
@@ -326,12 +337,16 @@ class Telemetry:
         self._quarantined |= batches
         self._counts["num_quarantined"] += len(batches)
 
-    def _write(self, make: Callable[[], Record]) -> None:
+    def _write(self, make: Callable[[], Record | None]) -> None:
         time, start = now(), self._start
 
-        def stamped() -> Record:
+        def stamped() -> Record | None:
             fields = make()
-            return {"kind": fields.pop("kind"), "time": time, "start": start} | fields | {"start": start}
+            if fields is None:
+                return None
+            record = {"kind": fields.pop("kind"), "time": time, "start": start} | fields | {"start": start}
+            self._books.feed(record)
+            return record
 
         self._ledger.write(stamped)
 

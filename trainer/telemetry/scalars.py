@@ -45,6 +45,8 @@ SECONDS_EVALUATION = "5 throughput/seconds of an evaluation"
 SECONDS_CHECKPOINT = "5 throughput/seconds that a checkpoint blocks"
 SECONDS_WRITTEN = "5 throughput/seconds until a checkpoint is whole"
 SECONDS_SNAPSHOT = "5 throughput/seconds that a snapshot blocks"
+GOODPUT = "5 throughput/goodput"
+SHARE = "5 throughput/share of the time allocated"
 LEARNING_RATE = "6 schedule/learning rate"
 EPOCH = "6 schedule/epoch"
 BATCH = "6 schedule/batch"
@@ -73,6 +75,8 @@ LAYOUT = {
     "throughput": {
         "tokens per second": _exactly(TOKENS_PER_SECOND),
         "seconds of a step, and of it waiting for data": _exactly(SECONDS, SECONDS_DATA),
+        "goodput": _exactly(GOODPUT),
+        "shares of the time allocated": [f"{re.escape(SHARE)}: "],
         "learning rate": _exactly(LEARNING_RATE),
     },
 }
@@ -178,3 +182,11 @@ class Scalars:
         loss = record["loss"]
         perplexity = math.inf if loss > 700 else math.exp(loss)
         return {HELD_OUT_LOSS: loss, HELD_OUT_PERPLEXITY: perplexity, SECONDS_EVALUATION: record["seconds"]}
+
+    def goodput(self, record: Record) -> dict[str, float]:
+        """Goodput since the run's beginning, and the share of each part in the time allocated."""
+        allocated = record["allocated"]
+        shares = {name.replace("_", " "): seconds for name, seconds in record["parts"].items()}
+        return {GOODPUT: record["fraction"]} | {
+            f"{SHARE}: {name}": seconds / allocated if allocated else 0.0 for name, seconds in shares.items()
+        }

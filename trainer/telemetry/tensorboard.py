@@ -87,6 +87,8 @@ class TensorBoardView:
                 self._main.scalars(values, record["step"], record["time"])
             case "snapshot":
                 self._main.scalars({SECONDS_SNAPSHOT: record["seconds"]}, record["step"], record["time"])
+            case "goodput":
+                self._main.scalars(self._scalars.goodput(record), record["step"], record["time"])
             case "incident":
                 self._incident(record)
             case "rewind":

@@ -19,8 +19,8 @@ _MAX_PENDING_BYTES = 64 << 20
 
 
 def now() -> float:
-    """Unix seconds, to the millisecond: the `time` of a record."""
-    return round(time.time(), 3)
+    """Unix seconds, to the microsecond: the `time` of a record."""
+    return round(time.time(), 6)
 
 
 class View(Protocol):
@@ -79,13 +79,14 @@ class Ledger:
         self._complain = complain
         self._fence = fence
         self._ended = False
-        self._queue: queue.SimpleQueue[Callable[[], Record] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], Record | None] | threading.Event | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._thread.start()
 
-    def write(self, make: Callable[[], Record]) -> None:
-        """Queues one record. `make` is called later, in the ledger's thread: what it holds must not change."""
+    def write(self, make: Callable[[], Record | None]) -> None:
+        """Queues one record. `make` is called later, in the ledger's thread: what it holds must not change. None from
+        it: there is nothing to write after all."""
         self._queue.put(make)
 
     def flush(self) -> bool:
@@ -136,9 +137,11 @@ class Ledger:
             self._complain(f"{self.path} is a newer start's by now: the records of this one end here")
         return self._ended
 
-    def _add(self, make: Callable[[], Record]) -> None:
+    def _add(self, make: Callable[[], Record | None]) -> None:
         try:
-            line = encode(make())
+            if (made := make()) is None:
+                return
+            line = encode(made)
         except Exception as error:  # noqa: BLE001 - a record that cannot be made must not end the thread
             self._complain(f"a record of {self.path.name} could not be made and is missing: {error!r}")
             return

@@ -193,7 +193,9 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     telemetry.record_incident(IncidentEvent(1, "opened", 6, 6, 5, "the loss is high", {"loss": math.inf}))
     telemetry.record_rewind(Rewind(1, 5, 4, 6, 5, (4, 5), "memory", 0.125, "high"))
     telemetry.close(DONE)
-    found = [{**entry, "time": 0} for entry in read_ledger(tmp_path / FILE_NAME)][1:]
+    everything = [{**entry, "time": 0} for entry in read_ledger(tmp_path / FILE_NAME)]
+    assert [entry["kind"] for entry in everything].count("goodput") == 3, "at the start, the checkpoint and the end"
+    found = [entry for entry in everything if entry["kind"] not in ("start", "goodput")]
     head = {"time": 0, "start": 1}
     assert found == [
         {"kind": "message", **head, "step": 0, "level": "info", "text": "held-out: 3 documents"},

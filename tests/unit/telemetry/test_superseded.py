@@ -175,6 +175,9 @@ def test_a_start_has_the_number_of_its_fence(tmp_path: Path, monkeypatch: pytest
     second.close(done)
     third.close(done)
     found = [(record["kind"], record["start"]) for record in read_ledger(files.ledger)]
-    assert found == [("start", 2), ("message", 2), ("start", 3), ("outcome", 3)]
+    assert found == [
+        *[("start", 2), ("goodput", 2), ("message", 2)],
+        *[("start", 3), ("goodput", 3), ("goodput", 3), ("outcome", 3)],
+    ]
     start().close(done)
     assert [record["start"] for record in read_ledger(files.ledger)][-2:] == [4, 4], "without a fence it counts"
