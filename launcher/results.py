@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.slurm.history import Job, read_jobs
-from launcher.slurm.pipeline import read_record
+from launcher.slurm.pipeline_record import read_record
 from launcher.slurm.sweep import FILE_NAME as SWEEP_FILE
 from launcher.slurm.sweep import read_points
 from launcher.status import age, status_of

@@ -6,28 +6,31 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from launcher.run_directory import LOCK_FILE, differences, has_trained, read_outcome, write_atomically
+from launcher.run_directory import differences, has_trained, read_outcome, write_atomically
 from launcher.slurm.history import read_jobs
+from launcher.slurm.pipeline_record import (
+    FILE_NAME,
+    PipelineRecord,
+    StageRecord,
+    current_jobs,
+    held,
+    read_record,
+    write_record,
+)
 from launcher.slurm.stages import Pipeline, Stage
 from launcher.slurm.stages import is_pipeline as is_pipeline
 from launcher.slurm.stages import read_pipeline as read_pipeline
-from launcher.slurm.submission import read_submission
 from launcher.slurm.sweep import enter_sweep, make_folder, require_folder
 from launcher.start import Request, completed_before, is_exported
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
-from trainer.config.schema import Section
 from trainer.errors import ExitCode, LaunchError, RunDirectoryError
 
 Say = Callable[[str], None]
@@ -39,34 +42,8 @@ an array `123` waits while no task of it runs."""
 Cancel = Callable[[Sequence[str]], None]
 """End jobs by their ids."""
 
-FILE_NAME = "pipeline.json"
 CANCELLED = "cancelled"
 """Reason in the outcome of a run that was not started, because one that it waited for did not end well."""
-LOCK_SECONDS = 60.0
-
-
-class StageRecord(Section):
-    """What became of a stage."""
-
-    name: str
-    root: str
-    """Its run directory, or the folder of its sweep."""
-    runs: tuple[str, ...]
-    """Directories of the runs that were submitted last, in the order of the array."""
-    after: tuple[str, ...]
-    """Names of the stages that it waits for."""
-    job: str = ""
-    """Id of the job or of the array; empty: none was submitted."""
-
-
-class PipelineRecord(Section):
-    """Content of `pipeline.json`."""
-
-    name: str
-    file: str
-    """Where it was read from, absolute."""
-    stages: tuple[StageRecord, ...]
-    """In the order in which they were submitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +85,7 @@ def submit_pipeline(
         _refuse_other_configs(pipeline)
     if not dry_run:
         make_folder(pipeline.root, FILE_NAME, "pipeline")
-    with contextlib.nullcontext() if dry_run else _held(pipeline.root, say):
+    with contextlib.nullcontext() if dry_run else held(pipeline.root, say):
         record = read_record(pipeline.root)
         steps = decide(pipeline, record, states, fresh=fresh)
         for line in _told(pipeline, record, steps, dry_run):
@@ -128,7 +105,12 @@ def _carry_out(
         step.stage.name: _entry(step.stage, known.get(step.stage.name), submitted=step.action == "submit")
         for step in steps
     }
-    _write(pipeline, entries.values())
+
+    def note() -> None:
+        stages = tuple(entries.values())
+        write_record(pipeline.root, PipelineRecord(name=pipeline.name, file=str(pipeline.file), stages=stages))
+
+    note()
     jobs: dict[str, str] = {}
     waited: dict[str, tuple[str, ...]] = {}
     for step in steps:
@@ -148,8 +130,8 @@ def _carry_out(
         waited[stage.name], jobs[stage.name] = (job,), job
         runs = tuple(str(request.root) for request in step.requests)
         entries[stage.name] = entries[stage.name].model_copy(update={"job": job, "runs": runs})
-        _write(pipeline, entries.values())
-        say(f"{stage.name}: job {job}{f', when {_listed(after)} has ended well' if after else ''}")
+        note()
+        say(f"{stage.name}: job {job}{f', when {_listed(after)} ended well' if after else ''}")
     return jobs
 
 
@@ -194,20 +176,6 @@ def decide(
 def _is_done(root: Path, sources: set[Path | None]) -> bool:
     """Complete, and exported where a later stage goes on with it."""
     return completed_before(root) is not None and (RunFiles(root).export not in sources or is_exported(root))
-
-
-def current_jobs(stage: StageRecord) -> tuple[str, ...]:
-    """Ids of the jobs whose good end is that of the stage: of chained jobs the newest link."""
-    if not stage.job:
-        return ()
-    links = []
-    for index, run in enumerate(stage.runs):
-        first = stage.job if len(stage.runs) == 1 else f"{stage.job}_{index}"
-        submission = read_submission(Path(run))
-        links.append(first if submission is None or not submission.job else submission.job)
-    if all(link == f"{stage.job}_{index}" for index, link in enumerate(links)):
-        return (stage.job,)
-    return tuple(link for link, run in zip(links, stage.runs, strict=True) if completed_before(Path(run)) is None)
 
 
 def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Step], dry_run: bool) -> Iterator[str]:
@@ -284,13 +252,16 @@ def cancel_after(root: Path, why: str, cancel: Cancel) -> list[str]:
     if found is None:
         return []
     folder, failed = found
-    with _held(folder, print):
+    with held(folder, print):
         record = read_record(folder)
         stages = [] if record is None else _waiting_for(record, failed)
         jobs = [job for stage in stages for job in current_jobs(stage)]
         for stage in stages:
             for run in map(Path, stage.runs):
                 _note_cancellation(run, f"not started: stage {failed!r} {why}")
+        if record is not None and stages:
+            without = [each.model_copy(update={"job": ""}) if each in stages else each for each in record.stages]
+            write_record(folder, record.model_copy(update={"stages": tuple(without)}))
     if jobs:
         cancel(jobs)
     return [stage.name for stage in stages]
@@ -337,48 +308,3 @@ def _forget_cancellation(run: Path) -> None:
     outcome = read_outcome(run)
     if outcome is not None and outcome["reason"] == CANCELLED:
         RunFiles(run).outcome.unlink(missing_ok=True)
-
-
-def read_record(root: Path) -> PipelineRecord | None:
-    """What is noted of the pipeline in `root`; None: there is none.
-
-    Raises:
-        RunDirectoryError: the record is damaged.
-    """
-    path = root / FILE_NAME
-    try:
-        return PipelineRecord.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValidationError) as error:
-        raise RunDirectoryError(
-            f"{path} cannot be read ({type(error).__name__}); restore it, or move it away: then no stage that is not "
-            "complete counts as submitted"
-        ) from error
-
-
-def _write(pipeline: Pipeline, entries: Iterable[StageRecord]) -> None:
-    record = PipelineRecord(name=pipeline.name, file=str(pipeline.file), stages=tuple(entries))
-    write_atomically(pipeline.root / FILE_NAME, record.model_dump_json(indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _held(folder: Path, say: Say) -> Iterator[None]:
-    """One at a time: a stage that fails at once is told of only when all that wait for it are noted."""
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    say(f"{folder} has been in use for {LOCK_SECONDS:g} seconds; going on all the same")
-                    break
-                time.sleep(0.1)
-            except OSError:
-                break  # no locks on this file system
-        yield
-    finally:
-        os.close(descriptor)

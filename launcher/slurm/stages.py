@@ -161,7 +161,9 @@ def _validated(path: Path) -> PipelineConfig:
         data = yamltext.parse(path.read_text(encoding="utf-8"))
         return PipelineConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        found = [(".".join(map(str, item["loc"])), _sentence(item)) for item in error.errors()]
+        # stages that are there and are all wrong are none to pydantic
+        errors = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
+        found = [(".".join(map(str, item["loc"])), _sentence(item)) for item in errors]
         raise ConfigError(found, str(path)) from None
     except FileNotFoundError:
         raise ConfigError([("", "there is no such file")], str(path)) from None
