@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from launcher.slurm.texts import WRONG, Mount, Option, SignalSeconds, Time
+from trainer.config import yamltext
+from trainer.config.options import walk
+from trainer.config.problems import describe, sentence
 from trainer.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 ENVIRONMENT_VARIABLE = "TRIMTAB_SITE"
 FILE_NAME = "site.yaml"
@@ -17,8 +27,6 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\x00]*$")]
 """One line."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Of an environment variable."""
-Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
-"""Of sbatch, without the dashes."""
 
 
 class ContainerConfig(Section):
@@ -28,7 +36,7 @@ class ContainerConfig(Section):
     """pyxis: options of srun (NVIDIA enroot). apptainer: `apptainer exec` in front of the command."""
     image: Text
     """A path or a URL that it knows."""
-    mounts: tuple[Text, ...] = ()
+    mounts: tuple[Mount, ...] = ()
     """`/from:/to` or `/from:/to:ro`. The folder of runs and the data must be among them, at the same path."""
     python: Text = "python3"
     """Python in the image, with trimtab installed."""
@@ -64,24 +72,27 @@ class SiteConfig(Section):
     """Account that is charged."""
     qos: Text | None = None
     """Quality of service."""
-    time: Text | None = None
+    time: Time | None = None
     """Time limit of one job, as sbatch knows it: `24:00:00`, `2-00:00:00`. None: the partition's."""
     exclusive: bool = True
     """Whole nodes."""
     memory: Text | None = None
     """Host memory a node: `64G`; `0` is all."""
     cpus_per_task: PositiveInt | None = None
-    """Cores for the ranks of one node. None: with whole nodes all, else what the ranks' threads need."""
+    """Cores for the ranks of one node. None: with whole nodes all; else the ranks' threads, on GPUs 4 a rank where the
+    run does not say."""
     gpu_type: Text | None = None
     """Type of GPU, where a partition has several."""
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """How the site wants to be asked for GPUs."""
     directives: dict[Option, Text | int | bool] = Field(default={})
-    """Further options of sbatch: `{constraint: a100, switches: 1, contiguous: true}`."""
+    """Further options of sbatch: `{constraint: a100, switches: 1, contiguous: true}`. What trimtab sets itself is
+    refused with the place to set it."""
     modules: tuple[Text, ...] = ()
-    """Environment modules that are loaded first."""
+    """Environment modules that are loaded first. Where they are unknown, /etc/profile is read before."""
     setup: tuple[Text, ...] = ()
-    """Lines of shell, as they are, run on every node before anything else: `source /opt/site/env.sh`."""
+    """Lines of shell, as they are, run on every node after that and before anything else: `source /opt/site/env.sh`.
+    One that fails ends the job."""
     environment: dict[Name, Text] = Field(default={})
     """Variables for ranks (network, NCCL, caches): `{NCCL_SOCKET_IFNAME: ib0, HF_HUB_OFFLINE: "1"}`."""
     container: ContainerConfig | None = None
@@ -90,7 +101,7 @@ class SiteConfig(Section):
     """Python with trimtab installed, on every node. None: the one that submits."""
     continue_by: Literal["requeue", "chain"] = "requeue"
     """requeue: the same job again. chain: where the site forbids that, a job that depends on the one before."""
-    signal_seconds: PositiveInt = 120
+    signal_seconds: SignalSeconds = 120
     """Time before the limit at which the run is asked to stop and save. Where saves were measured to take longer, it is
     asked earlier."""
     max_jobs: PositiveInt = 100
@@ -116,3 +127,75 @@ def site_path(given: Path | None) -> Path | None:
         return Path(named)
     places = Path(FILE_NAME), Path.home() / ".config" / "trimtab" / FILE_NAME
     return next((place for place in places if place.is_file()), None)
+
+
+def load_site(path: Path | None) -> SiteConfig:
+    """The site file at `site_path(path)`; without one everything is left to the scheduler.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    found = site_path(path)
+    if found is None:
+        return SiteConfig()
+    data = _read(found)
+    try:
+        # JSON is where pydantic's strict mode takes a list for a tuple.
+        return SiteConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        # a value that may be of several types has an error for each of them
+        problems = dict(_problem(item) for item in error.errors())
+        raise ConfigError(list(problems.items()), str(found)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yamltext.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([("", "there is no such file")], str(path)) from None
+    except OSError as error:
+        raise ConfigError([("", f"it cannot be read: {error.strerror}")], str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([("", f"it is not text in UTF-8 (byte {error.start})")], str(path)) from None
+    except yamltext.YamlError as error:
+        raise ConfigError([("", str(error))], str(path)) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        text = f"it must be a mapping of options (`name: value`), but is {describe(data)}"
+        raise ConfigError([("", text)], str(path))
+    return data
+
+
+def _problem(error: ErrorDetails) -> tuple[str, str]:
+    """Path and sentence."""
+    place = [str(part) for part in error["loc"] if part != "[key]"]
+    if place[0] in ("directives", "environment") and len(place) > 1:
+        place = place[:2]
+    return ".".join(place), _sentence(error, place)
+
+
+def _sentence(error: ErrorDetails, place: list[str]) -> str:
+    kind, value, is_name = error["type"], error["input"], error["loc"][-1] == "[key]"
+    if kind == WRONG:
+        return error["msg"]
+    if kind == "extra_forbidden":
+        return _unknown(".".join(place))
+    if kind == "string_pattern_mismatch" and is_name:
+        noun = "an option of sbatch, without dashes" if place[0] == "directives" else "a variable of the environment"
+        return f"is not the name of {noun}"
+    if place[0] == "directives" and len(place) > 1 and not isinstance(value, str):
+        return f"must be text, a whole number, or true or false, but is {describe(value)}"
+    if kind in ("string_pattern_mismatch", "string_too_short") or (place[0] == "directives" and len(place) > 1):
+        return f"must be one line of text, but is {describe(value)}"
+    return sentence(error)
+
+
+def _unknown(path: str) -> str:
+    paths = [option.path for option in walk(SiteConfig)]
+    parent, _, name = path.rpartition(".")
+    siblings = [each for each in paths if each.rpartition(".")[0] == parent]
+    if close := difflib.get_close_matches(path, siblings, n=1) or difflib.get_close_matches(name, paths, n=1):
+        return f"is not an option; did you mean `{close[0]}`?"
+    names = ", ".join(each.rpartition(".")[2] for each in siblings)
+    return f"is not an option; here are {names}"
