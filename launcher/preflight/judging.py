@@ -119,7 +119,7 @@ def _memory_of(wanted: PreflightConfig) -> Check:
         if report.memory_bytes >= wanted.memory_gib * GIB:
             return None
         available = report.memory_bytes / GIB
-        return f"only {available:.1f} GiB of host memory are available, {wanted.memory_gib:g} are required"
+        return f"only {_figure(available)} GiB of host memory are available, {wanted.memory_gib:g} are required"
 
     return check
 
@@ -133,7 +133,7 @@ def _shared_memory_of(wanted: PreflightConfig) -> Check:
         if report.shared_memory_bytes >= wanted.shared_memory_gib * GIB:
             return None
         free = report.shared_memory_bytes / GIB
-        return f"only {free:.2g} GiB are free in /dev/shm, {wanted.shared_memory_gib:g} are required"
+        return f"only {_figure(free)} GiB are free in /dev/shm, {wanted.shared_memory_gib:g} are required"
 
     return check
 
@@ -143,7 +143,7 @@ def _disk_space_of(wanted: PreflightConfig) -> Check:
         if report.disk_bytes is None or report.disk_bytes >= wanted.disk_gib * GIB:
             return None
         free = report.disk_bytes / GIB
-        return f"only {free:.1f} GiB are free where the run is written, {wanted.disk_gib:g} are required"
+        return f"only {_figure(free)} GiB are free where the run is written, {wanted.disk_gib:g} are required"
 
     return check
 
@@ -156,7 +156,7 @@ def _disk_speed_of(wanted: PreflightConfig) -> Check:
         if speed is None or speed >= wanted.disk_megabytes_per_second * MEGABYTE:
             return None
         return (
-            f"the disk where the run is written takes {speed / MEGABYTE:.2g} MB/s, "
+            f"the disk where the run is written takes {_figure(speed / MEGABYTE)} MB/s, "
             f"{wanted.disk_megabytes_per_second:g} are required"
         )
 
@@ -257,7 +257,7 @@ def _judge_links(meetings: Mapping[str, Meeting], wanted: PreflightConfig, fault
     }
     slow = {link: speed for link, speed in speeds.items() if speed < wanted.gbit_per_second}
     told = {
-        link: f"the link {link[0]} → {link[1]} carries {speed:.2g} Gbit/s, {wanted.gbit_per_second:g} are required"
+        link: f"the link {link[0]} → {link[1]} carries {_figure(speed)} Gbit/s, {wanted.gbit_per_second:g} are required"
         for link, speed in slow.items()
     }
     if len(slow) == len(speeds) > 2:
@@ -288,3 +288,8 @@ def _figures(reports: Iterable[Report]) -> dict[str, float]:
         "seconds on a node, longest": (max, [report.seconds for report in found]),
     }
     return {name: value for name, (pick, values) in series.items() if values and math.isfinite(value := pick(values))}
+
+
+def _figure(value: float) -> str:
+    """0.043, 1.3, 27"""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
