@@ -7,6 +7,7 @@ job requeued, or in the job that follows. `requeue.decide` says which.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -48,6 +49,9 @@ AGAIN_SECONDS = 5.0
 GRACE_SECONDS = 60.0
 """How long a requeued job waits to be ended by the scheduler."""
 
+CANCELLED = ("COMPLETING", "CANCELLED")
+"""A job that scancel is ending."""
+
 NODES_SECONDS = 15.0
 """How long the scheduler may take to notice that a node is gone, when ranks died and nobody says why."""
 
@@ -79,6 +83,26 @@ class Work:
     @property
     def site(self) -> SiteConfig:
         return self.submission.site
+
+    def limit(self) -> float | None:
+        """When the time of the job is up, in Unix seconds; None: there is no limit, or it is not known."""
+        # the scheduler warns by itself too
+        with contextlib.suppress(TrimtabError):
+            return scheduler.end_time(self.allocation.job)
+        return None
+
+    def was_cancelled(self) -> bool:
+        """Whether the user wants this run to end: by `trimtab cancel`, or by scancel."""
+        if was_cancelled(self.files, self.submission):
+            return True
+        place = self.allocation
+        state = None
+        with contextlib.suppress(TrimtabError):
+            state = scheduler.job(place.job) if self.requests.received is not None else None
+        if state is None or state.restarts != place.restart:  # requeued, it counts one more
+            return False
+        # preempted, it runs until its grace is over
+        return state.state in CANCELLED and "limit" not in state.reason.lower()
 
     def jobs(self) -> list[Job]:
         """Those of this submission."""
@@ -216,7 +240,7 @@ def _train(work: Work, layout: accelerate.Layout, nodes: tuple[str, ...], relaun
         grace_seconds=float(accelerate.SHUTDOWN_SECONDS),
         stopping="the ranks finish this step, then save and stop",
         say=say,
-        watch=_Watch(Lead(files, lambda: _end_time(place.job), work.site.signal_seconds), work.requests),
+        watch=_Watch(Lead(files, work.limit, work.site.signal_seconds), work.requests),
         requests=work.requests,
     )
     return ending_of(files, ended, by, newest_before)
@@ -242,14 +266,6 @@ class _Watch:
         return None
 
 
-def _end_time(job: str) -> float | None:
-    try:
-        return scheduler.end_time(job)
-    except TrimtabError:
-        # the scheduler warns by itself too
-        return None
-
-
 def _decide(work: Work, job: Job, ending: Ending) -> GoOn | End:
     well = ending.reason == "crashed" and work.requests.received is None and _nodes_are_well(work)
     return decide(
@@ -258,7 +274,7 @@ def _decide(work: Work, job: Job, ending: Ending) -> GoOn | End:
         work.site,
         nodes_are_well=well,
         restarts=work.config.supervision.restarts > 0,
-        cancelled=was_cancelled(work.files, work.submission),
+        cancelled=work.was_cancelled(),
     )
 
 
