@@ -42,7 +42,7 @@ ELSEWHERE = {
     "signal": "set `signal_seconds`",
     "test-only": "give --dry-run",
     "time": "give --time, or set `time`",
-    "wait": "`trimtab logs --follow` waits",
+    "wait": "the log of a run can be followed",
     "wrap": "the script is the run",
 }
 """Options of sbatch that are set by something else, and by what."""

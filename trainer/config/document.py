@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -29,12 +30,17 @@ This page is made from `trainer/config/schema.py` by `python -m trainer.config.d
 def document() -> str:
     """The page, as Markdown."""
     about = inspect.cleandoc(RunConfig.__doc__ or "").partition("\n\n")[2]
-    top = [option for option in options() if not option.parent and option.section is None]
-    parts = [HEAD.format(about=about), "## The run\n", _table(top).rstrip()]
-    for section in options():
+    return page(HEAD.format(about=about), "The run", options())
+
+
+def page(head: str, title: str, every: Sequence[Option]) -> str:
+    """A page of all options of a schema: those at the top under `title`, then each section, in their order."""
+    top = [option for option in every if not option.parent and option.section is None]
+    parts = [head, f"## {title}\n", _table(top).rstrip()]
+    for section in every:
         if section.section is None:
             continue
-        fields = [option for option in options() if option.parent == _prefix(section) and option.section is None]
+        fields = [option for option in every if option.parent == _prefix(section) and option.section is None]
         text = " ".join(inspect.cleandoc(section.section.__doc__ or "").split())
         parts += [f"\n## `{section.path}`\n", f"{text}{_presence(section.field)}\n"]
         if fields:
