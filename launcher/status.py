@@ -1,4 +1,4 @@
-"""The runs of a folder at a glance, read from their files: nothing here asks a process."""
+"""The runs of a folder at a glance, read from their files; of those that were submitted the scheduler is asked once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from launcher.details import details, visible
 from launcher.run_directory import LOCK_FILE, read_outcome
+from launcher.slurm.standing import Standing, States, allocations, ask, standing_of
 from trainer.checkpoint.manifest import committed_steps, name_of, read_manifest
 from trainer.config.files import RunFiles
 from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.starts import newest as newest_start
 from trainer.starts import read_starts
+from trainer.telemetry.books import account, newest_of
 from trainer.telemetry.ledger import Record, last_record
 
 SILENT_SECONDS = 600.0
 """A run that ended without an outcome is taken for dead when its ledger has been silent for so long, or for twenty of
 its own steps if that is longer. Until then it may be running, perhaps on another machine."""
 
-_STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "prepared": "dim"}
+_STYLES = {
+    "running": "cyan",
+    "starting": "cyan",
+    "queued": "cyan",
+    "finished": "green",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+    "prepared": "dim",
+}
+_ALIVE = ("running", "starting")
+_EXPLAINED = ("halted", "crashed", "refused", "cancelled")
+"""States that nobody asked for, or that end a job: a sentence says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +49,8 @@ class RunStatus:
 
     name: str
     state: str
-    """prepared · running · finished · stopped · halted · crashed · refused"""
+    """prepared · running · finished · stopped · halted · crashed · refused; of a run that was submitted also queued ·
+    starting · cancelled"""
     step: int | None
     steps: int | None
     loss: float | None
@@ -50,31 +66,64 @@ class RunStatus:
     """The newest incident has not ended."""
     quarantined: int = 0
     """Batches that incidents left out."""
+    job: str = ""
+    """Its job in words; empty: it was never submitted."""
+    nodes: str = ""
+    """Of the job: a number, or before it begins a range."""
+    goodput: float | None = None
+    """Time in standing steps over time allocated; None: not known, or nothing stands yet."""
+    why: str = ""
+    """Why it ended, in a sentence."""
 
 
-def statuses(folder: Path, now: float | None = None) -> list[RunStatus]:
-    """The runs directly inside `folder`, by name; or the one run that `folder` itself is.
+def runs_in(folder: Path) -> list[Path]:
+    """The directories of the runs directly inside `folder`, by name; or of the one run that `folder` itself is.
 
     Raises:
         RunDirectoryError: there is no such folder.
     """
     if not folder.is_dir():
         raise RunDirectoryError(f"there is no folder {folder}; name the folder that holds the runs")
-    now = time.time() if now is None else now
     if RunFiles(folder).config.is_file():
-        return [status_of(folder, now)]
-    return [status_of(path, now) for path in sorted(folder.iterdir()) if RunFiles(path).config.is_file()]
+        return [folder]
+    return [path for path in sorted(folder.iterdir()) if RunFiles(path).config.is_file()]
 
 
-def status_of(root: Path, now: float) -> RunStatus:
-    """Where the run in `root` stands at `now` (Unix seconds)."""
+def statuses(folder: Path, now: float | None = None, states: States | None = None) -> list[RunStatus]:
+    """The runs of a folder; see `runs_in` and `status_of`."""
+    now = time.time() if now is None else now
+    return [status_of(path, now, states) for path in runs_in(folder)]
+
+
+def overview(folder: Path) -> Group | None:
+    """What `trimtab status` shows: the runs of a folder, of a single run also its jobs and its time; None: no runs.
+
+    Raises:
+        RunDirectoryError: there is no such folder.
+    """
+    roots, now = runs_in(folder), time.time()
+    states, note = ask(roots)
+    runs = [status_of(root, now, states) for root in roots]
+    if not runs:
+        return None
+    more = details(folder, now, states, alive=runs[0].state in _ALIVE) if roots == [folder] else []
+    lines = [*sentences(runs), *([visible(note)] if note else [])]
+    return Group(table(runs), *([Text("\n".join(["", *lines]))] if lines else []), *more)
+
+
+def status_of(root: Path, now: float, states: States | None = None) -> RunStatus:
+    """Where the run in `root` stands at `now` (Unix seconds).
+
+    Args:
+        states: what the scheduler says of its jobs; None: it was not asked, or did not answer.
+    """
     files = RunFiles(root)
+    standing = standing_of(root, states)
     outcome = read_outcome(root)
     newest = last_record(files.ledger, lambda _: True)
     attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt" and record.get("applied", True))
     newest_attempt = last_record(files.ledger, lambda record: record["kind"] == "attempt") or {}
-    start = last_record(files.ledger, lambda record: record["kind"] == "start")
-    evaluation = last_record(files.ledger, lambda record: record["kind"] == "evaluation")
+    start, evaluation = newest_of(files.ledger, "start"), newest_of(files.ledger, "evaluation")
     if outcome and newest and newest["kind"] != "outcome" and newest["time"] > files.outcome.stat().st_mtime:
         outcome = None  # of an earlier start
     seen = max((place.stat().st_mtime for place in (files.outcome, files.ledger) if place.exists()), default=None)
@@ -82,9 +131,13 @@ def status_of(root: Path, now: float) -> RunStatus:
     ended = outcome or {}
     loss = attempt["loss"] if attempt else None
     held_out = ended.get("held_out_loss")
+    state = _state(root, outcome, attempt, since)
+    if standing is not None:
+        state = standing.state_of_run(state, begun=_is_of(start, standing))
+    time_spent = account(files.ledger, whole=False).goodput(_allocations(standing, state), now)
     return RunStatus(
         name=root.name,
-        state=_state(root, outcome, attempt, since),
+        state=state,
         step=_first(ended.get("step"), attempt and attempt["step"], start and start.get("resumed_step")),
         steps=_first(ended.get("steps"), start and start.get("steps")),
         loss=loss,
@@ -96,7 +149,21 @@ def status_of(root: Path, now: float) -> RunStatus:
         incidents=max(newest_attempt.get("num_incidents", 0), newest_attempt.get("incident", 0)),
         incident_open=newest_attempt.get("incident", 0) > 0,
         quarantined=newest_attempt.get("num_quarantined", 0),
+        job=standing.words if standing else "",
+        nodes=standing.nodes if standing else "",
+        goodput=time_spent.fraction or None,
+        why=(standing.why if standing else "") or (str(ended.get("message") or "") if state in _EXPLAINED else ""),
     )
+
+
+def _is_of(start: Record | None, standing: Standing) -> bool:
+    """Whether a start is one of the job that stands for the run now."""
+    about = (start or {}).get("job") or {}
+    return bool(about) and (about.get("job"), about.get("restart")) == (standing.job, standing.restarts)
+
+
+def _allocations(standing: Standing | None, state: str) -> list[tuple[float, float | None]]:
+    return allocations(standing.jobs, goes_on=state in _ALIVE) if standing else []
 
 
 def _first(*values: Any) -> Any:
@@ -150,12 +217,23 @@ def newest_checkpoint(root: Path) -> str | None:
     return None
 
 
+def sentences(runs: list[RunStatus]) -> list[str]:
+    """Why runs ended that did not end by themselves, a line each."""
+    return [
+        f"{visible(run.name)}: {run.state}: {visible(run.why)}" for run in runs if run.why and run.state != "finished"
+    ]
+
+
 def table(runs: list[RunStatus]) -> Table:
-    """The runs as a table; what incidents did has columns where there was one."""
+    """The runs as a table; incidents, jobs and goodput have columns where there are any."""
     troubled = any(run.incidents or run.quarantined for run in runs)
+    submitted, accounted = any(run.job for run in runs), any(run.goodput is not None for run in runs)
     result = Table(box=None, header_style="bold", pad_edge=False)
     result.add_column("run", overflow="fold")
     result.add_column("state", no_wrap=True)
+    if submitted:
+        result.add_column("job", overflow="fold")
+        result.add_column("nodes", justify="right", no_wrap=True)
     titles = (
         "start",
         "step",
@@ -163,6 +241,7 @@ def table(runs: list[RunStatus]) -> Table:
         "held-out",
         "tokens/s",
         "saved",
+        *(("goodput",) if accounted else ()),
         *(("incidents", "left out") if troubled else ()),
     )
     for title in (*titles, "last sign"):
@@ -170,14 +249,16 @@ def table(runs: list[RunStatus]) -> Table:
     for run in runs:
         left_out = f"{run.quarantined} batch{'' if run.quarantined == 1 else 'es'}" if run.quarantined else "–"
         result.add_row(
-            Text(run.name),
-            Text(run.state, style=_STYLES.get(run.state, "red")),
+            Text(visible(run.name)),
+            Text(run.state, style=_STYLES.get(run.state.partition(" ")[0], "red")),
+            *((Text(visible(run.job) or "–"), Text(run.nodes or "–")) if submitted else ()),
             Text(str(run.start) if run.start else "–"),
             Text("–" if run.step is None else f"{run.step}/{run.steps if run.steps is not None else '?'}"),
             Text(_number(run.loss)),
             Text(_number(run.held_out_loss)),
             Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
             Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
+            *((Text("–" if run.goodput is None else f"{run.goodput:.1%}"),) if accounted else ()),
             *((_incidents(run), Text(left_out)) if troubled else ()),
             Text("–" if run.seconds_since is None else f"{age(run.seconds_since)} ago"),
         )

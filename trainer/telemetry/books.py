@@ -22,7 +22,6 @@ ranks → its seconds), and if there were any `earlier` (began and ended, in Uni
 this one)."""
 
 _BLOCK_BYTES = 1 << 20
-_GOODPUT = b'{"kind":"goodput",'
 _START = b'{"kind":"start",'
 
 
@@ -59,7 +58,13 @@ class Books:
 
 
 def account(
-    path: Path, step: float = math.inf, attempt: float = math.inf, *, end: int | None = None, newest: int | None = None
+    path: Path,
+    step: float = math.inf,
+    attempt: float = math.inf,
+    *,
+    end: int | None = None,
+    newest: int | None = None,
+    whole: bool = True,
 ) -> Accountant:
     """The accounts of the ledger at `path` at its end, or where its byte `end` is; empty where there is no ledger.
 
@@ -69,16 +74,34 @@ def account(
     Args:
         step, attempt: the rows begin there or earlier.
         newest: number of the newest start that may have written into it; None: as the run's starts say.
+        whole: read all of a ledger without such a record; else its accounts are empty.
     """
     newest = newest_start(RunFiles(path.parent)) if newest is None else newest
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for place, record in _goodput_records(file, end, newest):
+        for place, record in _records(file, "goodput", end, newest):
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 if record["step"] <= step and record["attempt"] <= attempt:
                     earlier = partial(account, path, end=place, newest=newest)
                     accountant = Accountant.restored(record, earlier)
                     return _fed(accountant, path, place, end, record["start"])
-    return _fed(Accountant(), path, 0, end, 0)
+    return _fed(Accountant(), path, 0, end, 0) if whole else Accountant()
+
+
+def newest_of(path: Path, kind: str) -> Record | None:
+    """The newest record of a kind, found without a look at the others; None: none, or no ledger."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for _, record in _records(file, kind, None, newest_start(RunFiles(path.parent))):
+            return record
+    return None
+
+
+def first_attempt(path: Path) -> tuple[Record | None, Record | None]:
+    """The newest `start` record, and the first attempt of that start; None where there is none yet."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for place, start in _records(file, "start", None, newest_start(RunFiles(path.parent))):
+            following = read_ledger(path, place, start=start["start"])
+            return start, next((record for record in following if record["kind"] == "attempt"), None)
+    return None, None
 
 
 def _fed(accountant: Accountant, path: Path, first: int, end: int | None, start: int) -> Accountant:
@@ -88,9 +111,9 @@ def _fed(accountant: Accountant, path: Path, first: int, end: int | None, start:
     return accountant
 
 
-def _goodput_records(file: BinaryIO, end: int | None, newest: int) -> Iterator[tuple[int, Record]]:
-    """(offset, record) from the end back, without those that a start wrote after a newer one had begun."""
-    for place in _places(file, _GOODPUT, end):
+def _records(file: BinaryIO, kind: str, end: int | None, newest: int) -> Iterator[tuple[int, Record]]:
+    """(offset, record) of a kind from the end back, without what a start wrote after a newer one had begun."""
+    for place in _places(file, b'{"kind":"%s",' % kind.encode(), end):
         with contextlib.suppress(ValueError, KeyError):
             record = _line(file, place)
             # only in the shadow of a newer start it takes a look at what was written before it

@@ -270,8 +270,8 @@ class Accountant:
         computing = seconds - waiting - blocked
         if record["applied"]:
             step = record["step"]
-            if (number := self._attempts.until(_STEP, step - 1)) < len(self._attempts):
-                self._move_rows(self._attempts.cut(number), "rolled_back")
+            if self._attempts and self._attempts.rows[_STEP - _WIDTH] >= step:
+                self._move_rows(self._attempts.cut(self._attempts.until(_STEP, step - 1)), "rolled_back")
             self._attempts.push(record["attempt"], step, computing, waiting)
             self._seconds["steps"] += computing
             self._seconds["data"] += waiting
