@@ -305,14 +305,16 @@ def _sinfo(which: str, *fields: str) -> list[list[str]]:
 
 
 def _run(
-    command: Sequence[str], what: str, environment: dict[str, str] | None = None, seconds: float = TIMEOUT_SECONDS
+    command: Sequence[str], what: str, environment: dict[str, str] | None = None, seconds: float | None = None
 ) -> tuple[str, str]:
     """What a command prints, on stdout and stderr.
 
     Args:
         what: is asked, for the error; follows `to`.
         environment: None: this process's own.
+        seconds: it has; None: TIMEOUT_SECONDS.
     """
+    seconds = seconds or TIMEOUT_SECONDS
     # the user's formats and filters (SQUEUE_STATES, SCANCEL_INTERACTIVE) are for the user
     own = re.compile("SQUEUE_|SINFO_|SCONTROL_|SCANCEL_|SLURM_TIME_FORMAT")
     kept = {name: value for name, value in (environment or os.environ).items() if not own.match(name)}
