@@ -278,6 +278,7 @@ def doctor(
 
 app.command()(verbs.submit)
 app.command()(verbs.cancel)
+app.command()(verbs.results)
 
 
 def _warn(request: start.Request) -> None:

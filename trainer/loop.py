@@ -39,6 +39,8 @@ class Parts:
     """Held-out loss at a step; records it. None: given up, since a rank was asked to stop."""
     saver: Saving
     heartbeat: Heartbeat
+    notice: Callable[[StepStats], None] = lambda _: None
+    """Looks at every attempt for what changes nothing, and is to be said: ranks that are slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ def train(parts: Parts, progress: Progress) -> Ending:
             scores=guard.scores,
             incident=guard.incident,
         )
+        parts.notice(stats)
         if isinstance(verdict, Rollback):
             went_back = recovery.perform(verdict, stats)
             if went_back is None:

@@ -5,4 +5,5 @@ import sys
 
 from launcher.preflight.node import main
 
-sys.exit(main(sys.argv[1:], os.environ))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

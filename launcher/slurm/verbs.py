@@ -141,3 +141,24 @@ def cancel(
     from launcher.slurm.cancel import cancel as end
 
     end(run.absolute(), at_once=now, say=print)
+
+
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep, a pipeline, or any folder of runs.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> None:
+    """Runs side by side: what differs in their options and how well each did, best first."""
+    from launcher import results as side_by_side
+
+    found = side_by_side.results(folder)
+    if not found:
+        _say(f"there are no runs in {folder}")
+    elif as_json:
+        print(side_by_side.as_json(found))
+    elif as_csv:
+        print(side_by_side.as_csv(found), end="")
+    else:
+        from rich.console import Console
+
+        Console(highlight=False, markup=False, emoji=False).print(side_by_side.table(found))

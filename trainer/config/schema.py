@@ -275,6 +275,8 @@ class TelemetryConfig(Section):
     """Steps between records of every parameter's gradient norm in the ledger (they are measured on every step)."""
     weights_every: PositiveInt | None = 50
     """Steps between records of parameter norms and update-to-weight ratios. None: never."""
+    stragglers: bool = True
+    """Name ranks that compute longer than the others in most of the last steps: all wait for them."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     console: Literal["auto", "live", "lines", "quiet"] = "auto"

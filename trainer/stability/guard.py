@@ -213,7 +213,7 @@ class Guard(Rungs):
         incident = self._open(first, "")
         incident.kind = "transient"
         ranks = attribution.changed_ranks(first, again)
-        whose = attribution.named(ranks, self._hosts) if ranks else "no single rank (reduction or reduced gradient)"
+        whose = attribution.named(ranks, self.hosts) if ranks else "no single rank (reduction or reduced gradient)"
         text = (
             f"the replay of batch {again.batch_index} gave no alarm (norm {first.grad_norm:.4g} → "
             f"{again.grad_norm:.4g}, loss {first.loss:.4f} → {again.loss:.4f}): a transient fault of {whose}; "

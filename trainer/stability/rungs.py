@@ -61,7 +61,7 @@ class Rungs:
         can_roll_back: bool = False,
     ):
         self._config = config or GuardConfig()
-        self._names, self._hosts = tuple(parameter_names), tuple(hosts)
+        self._names, self.hosts = tuple(parameter_names), tuple(hosts)
         self._can_replay = can_replay and self._config.replay
         self._can_examine, self._can_roll_back = can_examine, can_roll_back
         self._watch = Watch(spike=self._config.spike, drift=self._config.drift)
@@ -125,7 +125,7 @@ class Rungs:
         incident.same_ranks = incident.same_ranks + 1 if culprits and culprits == incident.culprits else 1
         incident.culprits = culprits
         if culprits and incident.same_ranks >= _SAME_RANK:
-            whose = attribution.named(culprits, self._hosts)
+            whose = attribution.named(culprits, self.hosts)
             text = (
                 f"{reason} for {incident.same_ranks} batches in a row, and on {whose} alone: its hardware is at fault"
             )
@@ -237,7 +237,7 @@ class Rungs:
         ranks = stats.ranks
         if not stats.agree:
             odd = attribution.odd_ranks(ranks.digests)
-            who = f": {'one of ' if len(odd) == len(ranks.digests) else ''}{attribution.named(odd, self._hosts)}"
+            who = f": {'one of ' if len(odd) == len(ranks.digests) else ''}{attribution.named(odd, self.hosts)}"
             text = f"the ranks' decisions or their grounds differ after attempt {stats.attempt - 1}{who}"
             repeated = self._ladder.open is not None and self._ladder.open.kind == "disagreement"
             return self._rank_fault(stats, "disagreement", text, stats.step - 2, repeated)
@@ -245,7 +245,7 @@ class Rungs:
             return None
         if ranks.impossible.size and (ranks.impossible > 0).any():
             bad = [int(rank) for rank in np.flatnonzero(ranks.impossible)]
-            text = f"the state of {attribution.named(bad, self._hosts)} holds values that no training step can produce"
+            text = f"the state of {attribution.named(bad, self.hosts)} holds values that no training step can produce"
             text += ": an update was wrong" if len(bad) == len(ranks.impossible) > 1 else ": its memory is at fault"
             return self._rank_fault(stats, "audit", text, stats.step - _AUDIT_DELAY - 1)
         return self._compare_replicas(stats, ranks)
@@ -255,7 +255,7 @@ class Rungs:
         if self._config.mode == "off" or not norms.size or np.isclose(norms, norms[0], rtol=1e-6, equal_nan=True).all():
             return None
         odd = attribution.odd_ranks(norms)
-        whose = f"{'one of ' if len(odd) == len(norms) else ''}{attribution.named(odd, self._hosts)}"
+        whose = f"{'one of ' if len(odd) == len(norms) else ''}{attribution.named(odd, self.hosts)}"
         text = f"the reduced gradient that all ranks hold alike differs ({whose})"
         if pending is None and self._can_replay:
             self._open(stats, text)
@@ -273,13 +273,13 @@ class Rungs:
                 wrong = [rank for rank, old in enumerate(incident.checksums[1]) if old != sums[rank]]
                 if wrong:
                     self._say(
-                        "replayed", stats, f"the weights had been wrong on {attribution.named(wrong, self._hosts)}"
+                        "replayed", stats, f"the weights had been wrong on {attribution.named(wrong, self.hosts)}"
                     )
                 incident.checksums = None
             self._ladder.verified_step = stats.step - 1
             return None
         odd = attribution.odd_ranks(sums)
-        whose = attribution.named(odd, self._hosts)
+        whose = attribution.named(odd, self.hosts)
         text = f"the weights that all ranks hold alike differ ({'one of ' if len(odd) == len(sums) else ''}{whose})"
         verdict = self._rank_fault(stats, "replica", text, self._ladder.verified_step)
         if incident := self._ladder.open:
@@ -343,7 +343,7 @@ class Rungs:
             )
             numbers = {"loss": stats.loss, "norm": stats.grad_norm} | self._watch.scores
             bad = self._culprits(stats)
-            of_whom = f", on {attribution.named(bad, self._hosts)}" if bad else ""
+            of_whom = f", on {attribution.named(bad, self.hosts)}" if bad else ""
             self._say("opened", stats, f"{cause}{_where(stats, self._names)}{of_whom}", numbers)
         return ladder.open
 

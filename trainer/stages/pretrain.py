@@ -31,10 +31,11 @@ from trainer.faults.inject import FaultInjector
 from trainer.heartbeat import RELAUNCHED_VARIABLE
 from trainer.loop import Ending, Parts, Progress, train
 from trainer.optim.schedule import learning_rate
-from trainer.records import Outcome, Position
+from trainer.records import Outcome, Position, StepStats
 from trainer.recovery import NoReports, Recovery, Stream
 from trainer.report.incident import IncidentReports
 from trainer.saving import Saver
+from trainer.stability.straggler import Stragglers, sentence
 from trainer.stages.build import Setting, build_engine, make_guard, make_timer
 from trainer.stages.storage import Storage
 from trainer.telemetry.books import JOB_VARIABLE
@@ -72,6 +73,7 @@ class Pretraining:
         self.engine = build_engine(setting, self.numbers, self.injector)
         self.engine.alive = partial(setting.heartbeat.beat, "computing")
         self.guard = make_guard(setting, self.engine)
+        self._stragglers = Stragglers(ranks.world_size)
         self.telemetry: Recorder = NoTelemetry()
         self._untold: list[tuple[Level, str]] | None = []
         self._saver: Saver | None = None
@@ -146,6 +148,7 @@ class Pretraining:
                 evaluate=self._evaluate,
                 saver=saver,
                 heartbeat=self.setting.heartbeat,
+                notice=self._notice,
             )
 
     def outcome(self, ending: Ending) -> Outcome:
@@ -277,6 +280,11 @@ class Pretraining:
             prefetch=config.data.prefetch,
             reading=self.injector.reading,
         )
+
+    def _notice(self, stats: StepStats) -> None:
+        if self.setting.config.telemetry.stragglers:
+            for straggler in self._stragglers.observe(stats.ranks.seconds):
+                self.telemetry.message("warning", sentence(straggler, self.guard.hosts))
 
     def _evaluate(self, step: int) -> float | None:
         setting, config = self.setting, self.setting.config
