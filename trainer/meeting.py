@@ -32,6 +32,9 @@ Say = Callable[[dict[str, Any]], None]
 
 POLL_SECONDS = 0.02
 """Between two looks at who has come."""
+PATIENCE, PATIENCE_SECONDS = 3.0, 5.0
+"""When half of all are there, the others get 3 times as long again, and 5 s: a dead node costs seconds, and where disks
+are slow, and importing takes minutes, all are waited for."""
 CLOCK_ROUNDS = 5
 """Round trips; the shortest counts. The first one waits for its turn."""
 CLOCK_SECONDS = 10.0
@@ -186,8 +189,14 @@ def _store(order: Order, say: Say, deadline: float) -> Store:
             raise MeetingError(f"port {order.port} cannot be opened: {_first_line(error)}") from error
     else:
         _reach(order, deadline)
-        store = TCPStore(order.host, order.port, is_master=False, timeout=timedelta(seconds=order.seconds))
+        # something else may listen there, and never answer
+        left = timedelta(seconds=_left(deadline))
+        try:
+            store = TCPStore(order.host, order.port, is_master=False, timeout=left)
+        except dist.DistError as error:
+            raise MeetingError(f"{order.host} port {order.port}: {_first_line(error)}") from error
     say({"reached": True})
+    store.set_timeout(timedelta(seconds=order.seconds))
     return PrefixStore(order.token, store)
 
 
@@ -205,9 +214,13 @@ def _reach(order: Order, deadline: float) -> None:
 
 
 def _roll(order: Order, store: Store, say: Say, deadline: float) -> list[int]:
-    """Who has come: everybody, or whoever had at the deadline."""
-    awaited = set(range(len(order.nodes)))
+    """Who has come: everybody, or whoever had when waiting longer made no sense."""
+    awaited, half = set(range(len(order.nodes))), len(order.nodes) // 2
+    half_came = False
     while (awaited := {i for i in awaited if not store.check([f"here/{i}"])}) and time.monotonic() < deadline:
+        if not half_came and len(awaited) <= half:
+            half_came = True
+            deadline = min(deadline, time.monotonic() + PATIENCE * (time.monotonic() - _STARTED) + PATIENCE_SECONDS)
         time.sleep(POLL_SECONDS)
     present = [index for index in range(len(order.nodes)) if index not in awaited]
     say({"missing": [order.nodes[index] for index in sorted(awaited)]})

@@ -10,7 +10,7 @@ from launcher.run_directory import write_atomically
 from trainer.config.schema import NonNegativeFloat, NonNegativeInt, Section
 
 SHARE_OF_JOINING = 0.5
-"""Of the time for all: by then a node must have come to the meeting."""
+"""Of the time for all: by then a node must have come to the meeting, and sooner where the others were quicker."""
 SHARE_OF_MEETING = 0.8
 """By then the meeting is over, whatever came of it."""
 SHARE_OF_REPORT = 0.9
