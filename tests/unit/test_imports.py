@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *GROUND,
         *(f"trainer.{room}" for room in ROOMS),
     ),
-    "trainer.meeting": ("trainer.engine.ranks", *GROUND),
+    "trainer.meeting": ("trainer.heartbeat", *GROUND),
     "trainer.__main__": ("trainer",),
     "trainer.drill": ("trainer",),
     "launcher": (
