@@ -21,6 +21,7 @@ from rich.text import Text
 
 from launcher.slurm.history import Job, read_jobs
 from launcher.slurm.pipeline_record import read_record
+from launcher.slurm.standing import States
 from launcher.slurm.sweep import FILE_NAME as SWEEP_FILE
 from launcher.slurm.sweep import read_points
 from launcher.status import age, status_of
@@ -76,19 +77,20 @@ class Mean:
     """Mean."""
 
 
-def results(folder: Path, now: float | None = None) -> list[Result]:
+def results(folder: Path, now: float | None = None, states: States | None = None) -> list[Result]:
     """The runs below `folder`, best held-out loss first, those without one last.
 
     A sweep's are its points, a pipeline's the runs of its stages; any other folder's the runs in it and those of the
     sweeps and pipelines in it.
 
+    Args:
+        states: what the scheduler says of their jobs (`standing.ask`, with `roots_of`); None: it was not asked.
+
     Raises:
         RunDirectoryError: there is no such folder, or the record of a sweep or a pipeline is damaged.
     """
-    if not folder.is_dir():
-        raise RunDirectoryError(f"there is no folder {folder}; name a sweep, a pipeline, or a folder that holds runs")
     now = time.time() if now is None else now
-    roots = _runs_in(folder)
+    roots = roots_of(folder)
     given = [_options_of(root) for root in roots]
     varying = _varying(given)
     siblings: dict[Path, list[Mapping[str, Any] | None]] = {}
@@ -100,8 +102,19 @@ def results(folder: Path, now: float | None = None) -> list[Result]:
     for root, options in zip(roots, given, strict=True):
         chosen = {option: None if options is None else options.get(option) for option in varying}
         name = root.name if root == folder else root.relative_to(folder).as_posix()
-        found.append(_result(root, Result(name, chosen, swept.get(root.parent, ()), "absent"), now))
+        found.append(_result(root, Result(name, chosen, swept.get(root.parent, ()), "absent"), now, states))
     return sorted(found, key=lambda result: (*_worse(result.held_out_loss), result.name))
+
+
+def roots_of(folder: Path) -> list[Path]:
+    """The run directories that `results` looks at; some may not be there yet.
+
+    Raises:
+        RunDirectoryError: there is no such folder, or the record of a sweep or a pipeline is damaged.
+    """
+    if not folder.is_dir():
+        raise RunDirectoryError(f"there is no folder {folder}; name a sweep, a pipeline, or a folder that holds runs")
+    return _runs_in(folder)
 
 
 def _worse(loss: float | None) -> tuple[int, float]:
@@ -157,11 +170,11 @@ def _varying(runs: Sequence[Mapping[str, Any] | None]) -> list[str]:
     ]
 
 
-def _result(root: Path, absent: Result, now: float) -> Result:
+def _result(root: Path, absent: Result, now: float, states: States | None) -> Result:
     files = RunFiles(root)
     if not files.config.is_file():
         return absent
-    status = status_of(root, now)
+    status = status_of(root, now, states)
     return replace(
         absent,
         state=status.state,

@@ -21,6 +21,7 @@ from launcher.slurm.pipeline_record import (
     StageRecord,
     current_jobs,
     held,
+    job_of_runs,
     read_record,
     write_record,
 )
@@ -37,8 +38,8 @@ Say = Callable[[str], None]
 Submit = Callable[[Stage, Sequence[Request], Sequence[str]], str | None]
 """(stage, its runs that are to be submitted, ids of the jobs that must have ended well) → id of the job."""
 States = Callable[[Sequence[str]], Mapping[str, str]]
-"""Ids of jobs → those of them that wait or run: PENDING, NEVER (waits for what can no longer be), else another word. Of
-an array `123` waits while no task of it runs."""
+"""Ids of jobs → those of them that wait or run: PENDING, NEVER (waits for what can no longer be), else another word. An
+array's id stands for its tasks, each by its own."""
 Cancel = Callable[[Sequence[str]], None]
 """End jobs by their ids."""
 
@@ -51,12 +52,15 @@ class Step:
     """What is to be done about a stage."""
 
     stage: Stage
-    action: Literal["submit", "keep", "leave"]
-    """keep: its job goes on. leave: it is complete."""
+    action: Literal["submit", "keep", "leave", "hold"]
+    """keep: its job goes on. leave: it is complete. hold: it is not submitted while what it waits for goes on without
+    some of its runs."""
     requests: tuple[Request, ...] = ()
     """The runs that are to be submitted."""
     jobs: tuple[str, ...] = ()
     """keep: its jobs. submit: those that wait in vain and are to be removed."""
+    lost: int = 0
+    """keep: how many of its runs are not complete and have no job."""
 
 
 def submit_pipeline(
@@ -150,26 +154,32 @@ def decide(
         LaunchError: fresh, and a stage has a job.
     """
     known = {} if record is None else {stage.name: stage for stage in record.stages}
-    jobs = {name: current_jobs(stage) for name, stage in known.items()}
-    alive = states([job for ids in jobs.values() for job in ids]) if any(jobs.values()) else {}
+    asked = [job for stage in known.values() for job in current_jobs(stage)]
+    alive = states(asked) if asked else {}
     sources = {stage.source for stage in pipeline.stages}
     steps: dict[str, Step] = {}
     for stage in pipeline.stages:
         left = tuple(each for each in stage.requests if fresh or not _is_done(each.root, sources))
-        active = {job: alive[job] for job in jobs.get(stage.name, ()) if job in alive}
-        if fresh and active:
-            raise LaunchError(f"{stage.name} has job {_listed(list(active))}; end it before --fresh")
-        waits_in_vain = stage.name in known and (
+        jobs = job_of_runs(known[stage.name]) if stage.name in known else {}
+        words = {run: alive[job] for run, job in jobs.items() if job in alive}
+        if fresh and words:
+            raise LaunchError(f"{stage.name} has job {_listed(current_jobs(known[stage.name]))}; end it before --fresh")
+        before = [steps[name] for name in stage.after]
+        waits_in_vain = bool(words) and (
             set(known[stage.name].after) != set(stage.after)
-            or any(steps[name].action == "submit" for name in stage.after)
-            or "NEVER" in active.values()
+            or any(step.action == "submit" for step in before)
+            or "NEVER" in words.values()
         )
         if not left:
-            steps[stage.name] = Step(stage, "leave")
-        elif active and not (waits_in_vain and set(active.values()) <= {"PENDING", "NEVER"}):
-            steps[stage.name] = Step(stage, "keep", (), tuple(jobs[stage.name]))
+            step = Step(stage, "leave")
+        elif words and not (waits_in_vain and {*words.values()} <= {"PENDING", "NEVER"}):
+            lost = sum(each.root not in words for each in left)
+            step = Step(stage, "keep", (), current_jobs(known[stage.name]), lost)
+        elif any(step.action == "hold" or step.lost for step in before):
+            step = Step(stage, "hold")
         else:
-            steps[stage.name] = Step(stage, "submit", left, tuple(active))
+            step = Step(stage, "submit", left, current_jobs(known[stage.name]) if words else ())
+        steps[stage.name] = step
     return tuple(steps.values())
 
 
@@ -188,6 +198,10 @@ def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Ste
                 what = "is complete"
             case "keep":
                 what = f"goes on in job {_listed(step.jobs)}"
+                if step.lost:
+                    what += f", without {step.lost} of its {len(stage.requests)} runs; then submit it again"
+            case "hold":
+                what = f"{would} not submitted before that"
             case "submit":
                 what = f"{would} submitted{_amount(step)}"
                 if waits := [other.stage.name for other in steps if other.stage.name in stage.after]:

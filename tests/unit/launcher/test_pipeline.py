@@ -46,19 +46,20 @@ class Cluster:
             raise LaunchError("no such partition")
         job = str(100 + len(self.asked))
         self.asked.append((stage.name, [request.root.name for request in requests], list(after)))
-        self.jobs[job] = "PENDING"
         for index, request in enumerate(requests):
+            own = job if len(requests) == 1 else f"{job}_{index}"
+            self.jobs[own] = "PENDING"
             with entered(request, False, print):
-                write_submission(submission(request.root, job if len(requests) == 1 else f"{job}_{index}"))
+                write_submission(submission(request.root, own))
         return job
 
     def states(self, ids: Sequence[str]) -> dict[str, str]:
-        # of an array any task stands for the whole here
-        return {job: self.jobs[job.partition("_")[0]] for job in ids if job.partition("_")[0] in self.jobs}
+        return {job: state for job, state in self.jobs.items() if {job, job.partition("_")[0]} & set(ids)}
 
     def cancel(self, ids: Sequence[str]) -> None:
-        for job in ids:
-            del self.jobs[job]
+        for job in list(self.jobs):
+            if {job, job.partition("_")[0]} & set(ids):
+                del self.jobs[job]
 
 
 def submission(root: Path, job: str) -> Submission:
@@ -103,8 +104,7 @@ class Ground:
             RunFiles(run).ledger.touch()
         if reason == "completed":
             RunFiles(run).export.mkdir(exist_ok=True)
-        job = json.loads(RunFiles(run).submission.read_text())["job"].partition("_")[0]
-        self.cluster.jobs.pop(job, None)
+        self.cluster.jobs.pop(json.loads(RunFiles(run).submission.read_text())["job"], None)
         return run
 
 
@@ -422,7 +422,7 @@ def test_what_waits_for_a_failed_stage_is_cancelled_with_the_reason(ground: Grou
         assert outcome is not None
         assert (outcome["reason"], outcome["exit_code"]) == ("cancelled", 2)
         assert outcome["message"] == f"not started: stage 'a' {why}"
-        assert status_of(ground.root / name, 0.0).state == "cancelled"
+        assert status_of(ground.root / name, 0.0, {}).state == "cancelled"
         assert "cancelled: not started: stage 'a' halted" in closing(ground.root / name, outcome)
     assert read_outcome(ground.root / "d") is None
     assert cancel_after(run, why, ground.cluster.cancel) == [], "once is enough"
@@ -432,7 +432,7 @@ def test_what_waits_for_a_failed_stage_is_cancelled_with_the_reason(ground: Grou
     assert [read_outcome(ground.root / name) for name in ("b/seed=0", "b/seed=1", "c")] == [None, None, None]
 
 
-def test_what_has_begun_or_has_an_outcome_of_its_own_is_left_alone(ground: Ground) -> None:
+def test_an_outcome_of_its_own_stays(ground: Ground) -> None:
     ground.submit(ground.write({"name": "a"}, {"name": "b", "after": []}, {"name": "c", "after": ["a", "b"]}))
     ground.end("c", "stopped", trained=False)
     ground.cluster.jobs["102"] = "PENDING"
@@ -441,18 +441,56 @@ def test_what_has_begun_or_has_an_outcome_of_its_own_is_left_alone(ground: Groun
     assert outcome is not None
     assert outcome["reason"] == "stopped"
     assert "102" not in ground.cluster.jobs
-    ground.cluster.jobs["102"] = "RUNNING"
-    begun = Job(job="102", restart=0, began=1.0, nodes=("n",), position=0, submitted=0.0)
-    append_begin(RunFiles(ground.root / "c"), begun)
-    assert cancel_after(ground.root / "b", "crashed: x", ground.cluster.cancel) == []
-    assert ground.cluster.jobs["102"] == "RUNNING"
+
+
+def test_a_stage_that_runs_is_not_cancelled(ground: Ground) -> None:
+    ground.submit(ground.write({"name": "a"}, {"name": "b"}))
+    begun = Job(job="101", restart=0, began=1.0, nodes=("n",), position=0, submitted=0.0)
+    append_begin(RunFiles(ground.root / "b"), begun)
+    assert cancel_after(ground.end("a", "crashed"), "crashed: x", ground.cluster.cancel) == []
+    assert list(ground.cluster.jobs) == ["101"]
+    assert read_outcome(ground.root / "b") is None
+
+
+def test_a_failure_goes_through_to_the_last_stage(ground: Ground) -> None:
+    ground.submit(ground.write(*({"name": name} for name in "abcd")))
+    assert cancel_after(ground.end("a", "crashed"), "crashed: x", ground.cluster.cancel) == ["b", "c", "d"]
+    assert ground.cluster.jobs == {}
 
 
 def test_one_point_of_a_sweep_takes_along_what_waits_for_all(ground: Ground) -> None:
     ground.submit(ground.write({"name": "a", "seeds": 3}, {"name": "b"}))
     assert cancel_after(ground.root / "a" / "seed=1", "halted: x", ground.cluster.cancel) == ["b"]
     assert cancel_after(ground.root / "a" / "seed=2", "halted: x", ground.cluster.cancel) == []
-    assert ground.cluster.jobs == {"100": "PENDING"}
+    assert list(ground.cluster.jobs) == ["100_0", "100_1", "100_2"]
+
+
+def test_what_waits_for_a_sweep_that_lost_a_run_is_held_until_the_others_have_ended(ground: Ground) -> None:
+    path = ground.write({"name": "a", "seeds": 3}, {"name": "b"}, {"name": "c"}, {"name": "d", "after": []})
+    ground.submit(path)
+    assert cancel_after(ground.end("a/seed=1", "crashed"), "crashed: x", ground.cluster.cancel) == ["b", "c"]
+    ground.end("a/seed=0", "completed")
+    ground.cluster.asked.clear()
+    assert ground.submit(path) == {"a": "100", "d": "103"}
+    assert ground.said[1:] == [
+        "  1. a goes on in job 100, without 1 of its 3 runs; then submit it again",
+        "  2. b is not submitted before that",
+        "  3. c is not submitted before that",
+        "  4. d goes on in job 103",
+    ]
+    ground.end("a/seed=2", "completed")
+    ground.cluster.asked += [("", [], [])] * 4
+    assert ground.submit(path) == {"a": "104", "b": "105", "c": "106", "d": "103"}
+    assert ground.cluster.asked[4:] == [("a", ["seed=1"], []), ("b", ["b"], ["104"]), ("c", ["c"], ["105"])]
+
+
+def test_a_stage_that_waits_for_others_now_is_submitted_again_unless_it_runs(ground: Ground) -> None:
+    ground.submit(ground.write({"name": "a"}, {"name": "b"}, {"name": "c"}))
+    ground.cluster.jobs["101"] = "RUNNING"
+    path = ground.write({"name": "a"}, {"name": "b", "after": []}, {"name": "c", "after": ["a"]})
+    assert ground.submit(path) == {"a": "100", "b": "101", "c": "103"}
+    assert ground.cluster.asked[3:] == [("c", ["c"], ["100"])]
+    assert "102" not in ground.cluster.jobs
 
 
 def test_a_run_of_no_pipeline_takes_nothing_along(ground: Ground) -> None:

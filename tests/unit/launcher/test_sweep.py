@@ -114,6 +114,8 @@ def test_a_name_reads_as_what_sets_the_point_apart() -> None:
         ("lr=0.0003,seed=1", ("optim.lr=0.0003", "seed=1")),
         ("lr=0.0003,seed=2", ("optim.lr=0.0003", "seed=2")),
     ]
+    long = points_of([Axis(f"model.config.an_option_{letter}", (1.2345678901234567,)) for letter in "abcd"])
+    assert (len(long[0].name), long[0].name[:24]) == (MAX_NAME, "an_option_a=1.2345678901")
     both = points_of([Axis("data.tokenizer.train.max_characters", (5,)), Axis("data.clean.max_characters", (6,))])
     assert both[0].name == "train.max_characters=5,clean.max_characters=6"
     assert points_of([Axis("data.exclude_batches.0", ([1, 2],))])[0].name.startswith("exclude_batches.0=1-2-")
