@@ -143,7 +143,7 @@ class Cluster:
 
     def restart_daemon(self, member: str) -> None:
         """Has a living member's first process start its daemon again."""
-        os.kill(self._first_inside(member), signal.SIGUSR1)
+        os.kill(self._keeper(member), signal.SIGUSR1)
 
     # what can happen to a node
 
@@ -232,9 +232,13 @@ class Cluster:
             )
         return group[0].pid
 
-    def _first_inside(self, member: str) -> int:
-        """The member's first process; in namespaces mode `unshare` stands before it."""
-        return next(process.pid for process in self.processes(member) if process.command != "unshare")
+    def _keeper(self, member: str) -> int:
+        """The process that keeps a member's daemon; in namespaces mode its parent, `unshare`, is the first."""
+        group = self.processes(member)
+        keepers = [it.pid for it in group if it.parent == group[0].pid] if self.plan.namespaces else [group[0].pid]
+        if not keepers:
+            raise ClusterError(f"{member} is dying; try again")
+        return keepers[0]
 
 
 def _daemon(member: str) -> str:

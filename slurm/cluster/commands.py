@@ -22,7 +22,7 @@ def up() -> None:
         "nodes": (1, MAX_NODES, "number of nodes"),
         "cpus": (1, 1024, "CPUs that each says it has"),
         "gpus": (0, 64, "fake GPUs that each says it has"),
-        "grace": (0, 3600, "seconds that a preempted job has left"),
+        "grace": (0, 3600, "seconds that a preempted job has left; Slurm looks every ten"),
     }
     flags = {"cpus": "--cpus-per-node", "gpus": "--gpus-per-node"}
     for name, (low, high, words) in sizes.items():
@@ -35,6 +35,7 @@ def up() -> None:
         default="auto",
         help="namespaces: each node a machine of its own (root); ports: side by side (default: what works here)",
     )
+    parser.add_argument("--for", dest="owner", type=int, metavar="PID", help="take it down when this process ends")
     parser.add_argument("--no-install", dest="install", action="store_false", help="never install packages")
     options = parser.parse_args()
     wanted = {name: getattr(options, name) for name in sizes}
@@ -43,6 +44,8 @@ def up() -> None:
         with lifecycle.held(options.state, create=True) as folder:
             assert folder is not None
             plan = lifecycle.up(folder, options.mode, wanted, install=options.install)
+            if options.owner is not None:
+                lifecycle.bind(folder, options.owner)
         print((plan.folder / "env").read_text(), end="")
 
     _run(act)

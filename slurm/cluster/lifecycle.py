@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,19 @@ def down(folder: Path) -> None:
         raise ClusterError(f"{folder} holds no cluster; it is left as it is")
     ended = remove(folder)
     say(f"down: {ended} processes ended, {folder} removed")
+
+
+def bind(folder: Path, pid: int) -> None:
+    """Has the cluster taken down when a process ends, however that happens."""
+    subprocess.Popen(  # noqa: S603 (a list, no shell)
+        [sys.executable, "-I", str(Path(__file__).with_name("watch.py")), str(pid), str(folder)],
+        env=os.environ | processes.mark("watch", folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
 
 
 def describe(plan: Plan) -> str:

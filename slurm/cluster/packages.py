@@ -24,7 +24,7 @@ def ensure(*, install: bool = True) -> tuple[int, int]:
     """Installs what is missing where that can be done. Returns the version of Slurm."""
     missing = [program for program in PROGRAMS if not find(program)]
     if missing and install and os.geteuid() == 0 and shutil.which("apt-get"):
-        print(f"{', '.join(missing)} not found: installing {' '.join(_APT)} with apt-get", file=sys.stderr)
+        print(f"cluster: {', '.join(missing)} not found: installing {' '.join(_APT)} with apt-get", file=sys.stderr)
         _apt("update")
         _apt("install", "-y", "--no-install-recommends", *_APT)
         missing = [program for program in PROGRAMS if not find(program)]

@@ -42,7 +42,7 @@ def processes() -> dict[int, Process]:
 
 
 def members(folder: Path) -> dict[str, list[Process]]:
-    """Member → its processes, the one that was started first at the front. Jobs are not among them."""
+    """Member → its processes, the one from which the others descend at the front. Jobs are not among them."""
     ending = f"@{folder}".encode()
     prefix = f"{MARK}=".encode()
     everything = processes()
@@ -55,7 +55,7 @@ def members(folder: Path) -> dict[str, list[Process]]:
                     found.setdefault(name, []).append(process)
     for group in found.values():
         pids = {process.pid for process in group}
-        group.sort(key=lambda process: (process.parent in pids, process.pid))
+        group.sort(key=lambda process: process.parent in pids)
     return found
 
 

@@ -33,16 +33,25 @@ class Lab:
 
     # the cluster
 
+    def cluster(self, command: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Runs `up`, `down` or `node` for this folder; its exit code is the caller's to look at."""
+        return subprocess.run(
+            [CLUSTER / command, *argv, "--state", self.folder], capture_output=True, text=True, check=False, timeout=300
+        )
+
     def up(self, *options: str) -> str:
-        """What `up` says. Raises LabUnavailableError where this machine cannot have a cluster."""
-        done = self._cluster("up", *options)
+        """What `up` says. Raises LabUnavailableError where this machine cannot have a cluster.
+
+        The cluster goes with this process, even if that is killed.
+        """
+        done = self.cluster("up", "--for", str(os.getpid()), *options)
         if done.returncode == UNAVAILABLE:
             raise LabUnavailableError(done.stderr.strip())
         assert done.returncode == 0, done.stderr
         return done.stderr.strip()
 
     def down(self) -> None:
-        done = self._cluster("down")
+        done = self.cluster("down")
         assert done.returncode == 0, done.stderr
 
     @property
@@ -124,7 +133,8 @@ class Lab:
     def free_all(self, seconds: float = 90) -> None:
         """Cancels every job, boots what is dead or cut off, and waits until all nodes are idle."""
         self.run("scancel", "--user", str(os.geteuid()))
-        self.up()
+        done = self.cluster("up")
+        assert done.returncode == 0, done.stderr
         self.boot(*self.states())
 
         def is_free() -> bool:
@@ -142,17 +152,12 @@ class Lab:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _node(self, *arguments: str) -> None:
-        done = self._cluster("node", *arguments)
+        done = self.cluster("node", *arguments)
         assert done.returncode == 0, done.stderr
-
-    def _cluster(self, command: str, *argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [CLUSTER / command, *argv, "--state", self.folder], capture_output=True, text=True, check=False, timeout=300
-        )
 
 
 def parse_fields(line: str) -> dict[str, str]:
     """`Name=value Name=value …` as a dictionary."""
     marks = list(_FIELD.finditer(line))
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
-    return {mark[1]: line[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
+    return {mark[1]: line[mark.end() : end].rstrip() for mark, end in zip(marks, ends, strict=True)}
