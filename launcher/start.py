@@ -205,15 +205,22 @@ def make_ready(
     say: Say,
     requests: local.Requests | None = None,
     contained: Sequence[str] = (),
+    *,
+    again: bool = False,
 ) -> Plan:
     """Everything that must be there before ranks start: data, facts of the model, plan and launcher files.
 
     Raises as :func:`prepare` does, and takes the same arguments.
+
+    Args:
+        again: a start before this one has prepared the data; where it is there, that is taken for granted (the ranks
+            check that it is the same).
     """
     from trainer.config.facts import facts_from_json
 
-    prepare(request.root, lock, say, requests, contained)
     files = RunFiles(request.root)
+    if not (again and files.data.is_file() and files.model.is_file()):
+        prepare(request.root, lock, say, requests, contained)
     facts = facts_from_json(files.model.read_text(encoding="utf-8"))
     plan = plan_of(request.config, facts, num_samples(files, request.config))
     for note in plan.notes:

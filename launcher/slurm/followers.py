@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.slurm import pipeline, scheduler
+from launcher.slurm import pipeline as pipelines
+from launcher.slurm import scheduler
 from launcher.slurm.script import sbatch_arguments
 from launcher.slurm.submission import Submission, write_submission
 from trainer.errors import TrimtabError
@@ -38,7 +39,7 @@ def hand_over(job: str, successor: str, say: Say) -> None:
 def cancel_after(root: Path, why: str, say: Say) -> None:
     """Stages of a pipeline that wait for this run are cancelled, and told why."""
     try:
-        for stage in pipeline.cancel_after(root, why, scheduler.cancel):
+        for stage in pipelines.cancel_after(root, why, scheduler.cancel):
             say(f"{stage} is cancelled: it comes after this run")
     except TrimtabError as error:
         say(str(error))

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from trainer import starts
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, read_run_config
 from trainer.config.schema import RunConfig
-from trainer.errors import SUPERVISED, ExitCode, LaunchError, SupersededError, TrimtabError
+from trainer.errors import SUPERVISED, ExitCode, LaunchError, TrimtabError
 from trainer.heartbeat import RELAUNCHED_VARIABLE
 
 JOB_VARIABLE = "TRIMTAB_JOB"
@@ -147,6 +148,23 @@ def _run(root: Path, command: Sequence[str], requests: local.Requests) -> int:
     work = Work(files, config, submission, allocation, command, requests, allocation.began, fitness)
     if submission.site.continue_by == "chain":
         work.successor = followers.chain(submission, allocation.job, say)
+    try:
+        return _work(work)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the history must say so
+        # a bug of ours, or a disk that is full: what the ranks saved stays
+        code = error.exit_code if isinstance(error, TrimtabError) else ExitCode.CRASHED
+        why = f"the job itself failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(TrimtabError):
+            append_end(files, replace(work.record(), ended=time.time(), reason="crashed", then="end", why=why))
+        if not isinstance(error, TrimtabError):
+            traceback.print_exc()
+        say(why)
+        return code
+
+
+def _work(work: Work) -> int:
+    """Starts of the run, until it ends or another job goes on with it; the exit code of the job."""
+    files, submission = work.files, work.submission
     relaunched: dict[str, Any] | None = None
     while True:
         job = work.record()
@@ -201,7 +219,7 @@ def _prepare(work: Work, nodes: int) -> accelerate.Layout:
         work.config = work.config.model_copy(update={"cluster": cluster})
         write_atomically(work.files.config, dump_config(work.config))
     request = start.Request(work.config, work.files.root, ())
-    plan = start.make_ready(request, None, say, work.requests, contained(work.submission))
+    plan = start.make_ready(request, None, say, work.requests, contained(work.submission), again=len(work.jobs()) > 1)
     work.parts["prepare"] = time.time() - began
     return start.layout_of(work.config, plan)
 
@@ -317,11 +335,15 @@ def _go_on(work: Work, job: Job, then: GoOn) -> int:
 
 
 def _requeue(place: Allocation, leave_out: Sequence[str]) -> None:
-    # a node that was cut off and is back must not take the job away from where it runs by now
-    if (state := scheduler.job(place.job)) is not None and state.restarts != place.restart:
-        raise SupersededError(f"job {place.job} was requeued by the scheduler already")
-    scheduler.requeue(place.job)
-    if leave_out:
+    state = scheduler.job(place.job)
+    # the scheduler may have done it by itself; and a node that was cut off and is back must not take the job away from
+    # where it runs by now
+    if state is not None and state.restarts != place.restart:
+        say("the scheduler has requeued the job already")
+    else:
+        scheduler.requeue(place.job)
+        state = None
+    if leave_out and (state is None or not state.nodes):
         # until the scheduler has ended this process the job is pending, and takes it
         scheduler.exclude(place.job, leave_out)
 
