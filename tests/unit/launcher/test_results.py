@@ -114,12 +114,15 @@ def test_what_is_not_finite_comes_after_what_is_and_before_what_is_not_there(tmp
     assert read["means"][0]["runs"] == 4
 
 
-def test_a_point_whose_directory_is_gone_is_absent(tmp_path: Path) -> None:
-    runs = make_sweep(tmp_path, "seed=1,2")
-    (runs["seed=2"] / "config.yaml").unlink()
+def test_a_point_whose_directory_is_gone_is_absent_and_of_one_run_there_is_no_mean(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, "optim.lr=0.1,0.2", "seed=1,2")
+    (runs["lr=0.2,seed=2"] / "config.yaml").unlink()
     found = results(tmp_path / "runs" / "small", NOW)
-    assert [(each.name, each.state) for each in found] == [("seed=1", "prepared"), ("seed=2", "absent")]
-    assert means(found) == [], "of one run there is no mean"
+    assert [(each.name, each.state) for each in found][2:] == [
+        ("lr=0.2,seed=1", "prepared"),
+        ("lr=0.2,seed=2", "absent"),
+    ]
+    assert [mean.options for mean in means(found)] == [{"optim.lr": 0.1}]
 
 
 def test_seconds_are_those_of_its_jobs_not_of_the_queue(tmp_path: Path) -> None:
