@@ -85,7 +85,7 @@ def test_an_answer_without_an_id_is_no_job(commands: Path, tmp_path: Path) -> No
 
 
 def test_what_sbatch_gets(commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that submits the next one hands nothing of itself on; the user's choices count where the script has none."""
+    """A job that submits the next one hands nothing of itself on; the user's choices count where the script is open."""
     program(commands, "sbatch", RECORDER + "print(5)")
     dropped = {
         *("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_EXPORT_ENV", "SLURMD_NODENAME", "PMI_RANK"),
@@ -206,7 +206,8 @@ def test_too_few_nodes_with_enough_gpus_are_refused() -> None:
         )
     assert str(refused.value) == (
         "2 nodes with 4 GPUs each are asked for, and partition gpu has 1 "
-        "(1 node with 4, 2 nodes with 2, 1 node with none): lower cluster.ranks_per_node or --nodes, or name another partition in the site file"
+        "(1 node with 4, 2 nodes with 2, 1 node with none): "
+        "lower cluster.ranks_per_node or --nodes, or name another partition in the site file"
     )
     with pytest.raises(
         LaunchError, match=r"1 node with 1 GPU each is asked for, and the default partition has none \(it"
