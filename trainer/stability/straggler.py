@@ -15,8 +15,8 @@ WINDOW = 20
 """Steps that are looked back on: what lasts shorter (a checkpoint, a garbage collection, a neighbour's job on the same
 machine) costs little."""
 SLOW_STEPS = 16
-"""Of these in which a rank was slow, for it to be named: a rank that is slow by chance in every second step is so in 16
-of 20 once in 170 windows, and one that is so in every fifth step never."""
+"""Of these in which a rank was slow, for it to be named. One that is so by chance in every fourth step is in 16 of 20
+once in three million windows."""
 EASED_STEPS = 5
 """Of these at most, once it was named, for it to have recovered."""
 FACTOR = 1.3
@@ -24,6 +24,9 @@ FACTOR = 1.3
 is worth another node. Healthy GPUs of one kind are within a few percent of each other."""
 SECONDS = 0.02
 """Slower by at least this in a step: below, what a process waits for a core decides."""
+LASTING = 20.0
+"""Seconds of computing from which on it is worth a word: where steps take milliseconds, 20 of them are over while a
+neighbour's job holds a core."""
 WARM_UP = 10
 """First steps, which do not count: memory is allocated, kernels are chosen and compiled, caches are cold."""
 AGAIN = 1000
@@ -66,6 +69,7 @@ class Stragglers:
         slow_steps: of these in which a rank must have been slow.
         factor: times the median of the others that makes it slow in a step.
         seconds: longer than that median, besides.
+        lasting: seconds, as its slowest rank computes, that it must have gone on.
     """
 
     def __init__(
@@ -76,10 +80,13 @@ class Stragglers:
         slow_steps: int = SLOW_STEPS,
         factor: float = FACTOR,
         seconds: float = SECONDS,
+        lasting: float = LASTING,
     ) -> None:
-        if not 0 < slow_steps <= window or factor < 1 or seconds < 0:
-            raise ValueError(f"slow in {slow_steps} of {window} steps, {factor} times, {seconds} s: not a rule")
-        self._window, self._slow_steps, self._factor, self._seconds = window, slow_steps, factor, seconds
+        if not 0 < slow_steps <= window or factor < 1 or seconds < 0 or lasting < 0:
+            text = f"slow in {slow_steps} of {window} steps, {factor} times, {seconds} s, for {lasting} s: not a rule"
+            raise ValueError(text)
+        self._window, self._slow_steps, self._factor = window, slow_steps, factor
+        self._seconds, self._lasting = seconds, lasting
         self._eased = min(EASED_STEPS, slow_steps - 1)
         self._own = np.full((window, num_ranks), np.nan)
         """Seconds, a row a step."""
@@ -87,6 +94,8 @@ class Stragglers:
         """Median of the other ranks' seconds."""
         self._slow = np.zeros((window, num_ranks), dtype=bool)
         self._counts: NDArray[np.int64] = np.zeros(num_ranks, dtype=np.int64)
+        self._slow_for = np.zeros(num_ranks)
+        """Seconds since a rank was last slow in few of the steps."""
         self._observed = 0
         self._named: dict[int, int] = {}
         """Rank → observation at which it was named last."""
@@ -116,13 +125,18 @@ class Stragglers:
         self._counts += slow
         self._counts -= self._slow[row]
         self._own[row], self._others[row], self._slow[row] = own, others, slow
-        if not self._named and self._counts.max() < self._slow_steps:
+        most = self._counts.max()
+        if most <= self._eased and not self._named:
+            self._slow_for[:] = 0.0
             return []
-        return self._news()
+        longest = np.nanmax(own, initial=0.0)
+        self._slow_for = np.where(self._counts > self._eased, self._slow_for + longest, 0.0)
+        return self._news() if most >= self._slow_steps or self._named else []
 
     def _news(self) -> list[Straggler]:
         found = []
-        for rank in np.flatnonzero(self._counts >= self._slow_steps).tolist():
+        slow = (self._counts >= self._slow_steps) & (self._slow_for >= self._lasting)
+        for rank in np.flatnonzero(slow).tolist():
             if rank not in self._named or self._observed - self._named[rank] >= AGAIN:
                 self._named[rank] = self._observed
                 found.append(self._straggler(rank, recovered=False))
