@@ -49,6 +49,11 @@ class Standing:
         return state is not None and state.state.partition(" ")[0] in _WAITS
 
     @property
+    def alive(self) -> bool:
+        """The scheduler says that the job waits, runs or is ending."""
+        return self.state is not None and scheduler.is_alive(self.state.state)
+
+    @property
     def restarts(self) -> int:
         """How often the job was requeued."""
         if self.state is not None:

@@ -232,3 +232,14 @@ def test_durations(seconds: float | None, text: str) -> None:
 )
 def test_compact_numbers(value: float, text: str) -> None:
     assert _compact(value) == text
+
+
+def test_goodput_is_shown_once_something_stands() -> None:
+    told: Record = {"kind": "goodput", "time": 0.0, "start": 1, "step": 0, "fraction": 0.0}
+    view = view_of(START, told, attempt(1))
+    assert "goodput" not in shown(view) + view.line()
+    view.update(told | {"step": 1, "fraction": 0.9312})
+    assert view.line().endswith("  goodput 93.1%")
+    page = shown(view)
+    assert "left · goodput 93.1%" in page
+    assert max(map(len, page.splitlines())) <= 80
