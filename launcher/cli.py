@@ -136,14 +136,14 @@ def prepare(
 def status(
     folder: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder of runs, or one run.")] = Path("runs"),
 ) -> None:
-    """All runs of a folder: state, step, loss, speed, last checkpoint."""
-    from launcher.status import statuses, table
+    """All runs of a folder: state, job, step, loss, speed, goodput; of one run also its jobs and where its time went."""
+    from launcher.status import overview
 
-    runs = statuses(folder)
-    if not runs:
+    shown = overview(folder)
+    if shown is None:
         _say(f"there are no runs in {folder}")
         return
-    _console().print(table(runs))
+    _console().print(shown)
 
 
 @app.command()
@@ -278,7 +278,9 @@ def doctor(
 
 app.command()(verbs.submit)
 app.command()(verbs.cancel)
+app.command()(verbs.logs)
 app.command()(verbs.results)
+app.command()(verbs.nodes)
 
 
 def _warn(request: start.Request) -> None:

@@ -19,6 +19,7 @@ _HEADLINES = {
     "crashed": "The run crashed",
     "refused": "The run was refused",
     "superseded": "Another start of the run goes on with it",
+    "cancelled": "The run was not started",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -143,6 +144,24 @@ def cancel(
     end(run.absolute(), at_once=now, say=print)
 
 
+def logs(
+    run: RunArgument,
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Of this job. Default: the newest.")] = None,
+    node: Annotated[int | None, typer.Option(min=0, metavar="N", help="Only what ranks on the N-th node said.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, metavar="N", help="So many of the last lines.")] = 200,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+) -> None:
+    """What the jobs of a submitted run printed."""
+    from launcher.logs import logs as read
+
+    with contextlib.suppress(KeyboardInterrupt):
+        shown_lines = read(
+            run.absolute(), job=job, node=node, lines=lines, follow=follow, colours=sys.stdout.isatty(), say=_say
+        )
+        for line in shown_lines:
+            print(line, flush=follow)
+
+
 def results(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep, a pipeline, or any folder of runs.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -150,8 +169,12 @@ def results(
 ) -> None:
     """Runs side by side: what differs in their options and how well each did, best first."""
     from launcher import results as side_by_side
+    from launcher.slurm.standing import ask
 
-    found = side_by_side.results(folder)
+    states, note = ask(side_by_side.roots_of(folder))
+    found = side_by_side.results(folder, states=states)
+    if note:
+        _say(note)
     if not found:
         _say(f"there are no runs in {folder}")
     elif as_json:
@@ -162,3 +185,26 @@ def results(
         from rich.console import Console
 
         Console(highlight=False, markup=False, emoji=False).print(side_by_side.table(found))
+
+
+def nodes(
+    folder: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder of runs.")] = Path("runs"),
+    forgive: Annotated[
+        list[str] | None, typer.Option(metavar="NODE", help="Use this node again; may be given again.")
+    ] = None,
+) -> None:
+    """Nodes that are left out, because they were not fit when a run was to start on them: why, and how long."""
+    import time
+
+    from launcher.slurm import exclusion
+    from launcher.status import age
+
+    for node in forgive or ():
+        known = exclusion.forgive(folder, node)
+        print(f"{node} is used again" if known else f"{node} was not left out")
+    now = time.time()
+    left_out = exclusion.excluded(folder, now)
+    for name, each in left_out.items():
+        print(f"{name}  for {age(each.until - now)} more, found out by {shown(each.run)}: {shown(each.why)}")
+    if not left_out:
+        print(f"no node is left out by the runs in {folder}")

@@ -19,6 +19,9 @@ from workspace import Workspace
 from launcher.slurm.history import Job, read_jobs
 from trainer.config.files import RunFiles
 
+SMALL = ("cluster.threads_per_rank=1", "checkpoint.background=false")
+"""Options of the runs that end with the same bits here and there."""
+
 SITE = """
 partition: batch
 exclusive: false

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from lab import Lab
-from submitted import Cluster
-from workspace import Workspace, make_workspace
+from submitted import SMALL, Cluster
+from workspace import Workspace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SMALL = ("cluster.threads_per_rank=1", "checkpoint.background=false")
 AT_A_TIME = 1.0
 """Seconds of a step while something is to happen."""
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """Where `small` ran to its end on two local ranks; its data is there for all."""
-    made = make_workspace(tmp_path_factory.mktemp("local") / "work")
-    code, output = made.trimtab("run", "config.yaml", *SMALL)
-    assert code == 0, output
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def cluster(lab: Lab, local: Workspace, tmp_path: Path) -> Iterator[Cluster]:
-    made = make_workspace(tmp_path / "work")
-    shutil.copytree(local.root / "data-cache", made.root / "data-cache")
-    cluster = Cluster(lab, made)
-    cluster.site()
-    yield cluster
-    made.close()
 
 
 def test_two_nodes_with_two_ranks_each_equal_four_local_ranks(cluster: Cluster) -> None:
@@ -59,9 +33,11 @@ def test_whatever_happens_to_it(cluster: Cluster, local: Workspace) -> None:
     faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()"]'
     job = cluster.submit("config.yaml", *SMALL, faults, "--nodes", "2", "--ranks", "1", "--time", "1")
 
-    cluster.wait_for_training(1)  # and now the time limit
+    cluster.wait_for_training(1)
+    lab.wait_for(lambda: lab.job(job)["Restarts"] == "1")  # the time limit
+    assert lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=30").returncode == 0
     cluster.wait_for_training(2)
-    preempting = lab.sbatch("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
+    preempting = lab.sbatch("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     cluster.wait_until_over(preempting)
     cluster.wait_for_training(3)
     assert lab.run("scontrol", "requeue", str(job)).returncode == 0

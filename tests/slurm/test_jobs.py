@@ -1,0 +1,94 @@
+"""What a job decides at its end, and what comes of pipelines, arrays and names that nobody should give."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+from submitted import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+ALONE = ("cluster.ranks_per_node=1", "cluster.threads_per_rank=1", "zero.stage=1", "checkpoint.background=false")
+SHORT = (*ALONE, "schedule.duration=4", "schedule.warmup=1", "evaluation.every=null")
+
+
+def test_a_halt_is_not_requeued_and_three_starts_without_progress_end(cluster: Cluster) -> None:
+    nan, kill = ('faults=["at(step=3).gradient_is_nan().every_time()"]', 'faults=["at(step=2).kill().every_time()"]')
+    halting = cluster.submit("config.yaml", *ALONE, "name=halting", nan, "--nodes", "1")
+    dying = cluster.submit("config.yaml", *ALONE, "name=dying", kill, "--nodes", "1")
+    cluster.wait_until_over(halting, "halting")
+    cluster.wait_until_over(dying, "dying")
+    outcome = cluster.outcome("halting")
+    assert (outcome["reason"], outcome["exit_code"]) == ("halted", 3), cluster.log("halting")
+    assert [(job.restart, job.reason, job.then) for job in cluster.jobs("halting")] == [(0, "halted", "end")]
+    assert cluster.lab.job(halting)["JobState"] == "FAILED"
+
+    gave_up = "gave up: 3 starts in a row brought no new checkpoint (max_fruitless: 3)"
+    assert [job.then for job in cluster.jobs("dying")] == ["here", "here", "end"], cluster.log("dying")
+    assert gave_up in cluster.jobs("dying")[-1].why
+    assert (cluster.outcome("dying")["reason"], cluster.outcome("dying")["start"]) == ("crashed", 3)
+    assert gave_up in cluster.outcome("dying")["message"]
+
+    code, output = cluster.trimtab("status")
+    assert code == 0, output
+    shown = " ".join(output.split())
+    assert f"halting: halted: {outcome['message']}"[:60] in shown
+    assert "gave up: 3 starts in a row" in shown
+
+
+def test_a_pipeline_ends_with_the_stage_that_fails(cluster: Cluster) -> None:
+    faults = 'faults=["at(step=2).gradient_is_nan().every_time()"]'
+    stages = [
+        {"name": "first", "config": "config.yaml", "set": [*SHORT]},
+        {"name": "second", "config": "config.yaml", "set": [*SHORT, "model.config=null", faults], "from": "first"},
+        {"name": "third", "config": "config.yaml", "set": [*SHORT]},
+    ]
+    (cluster.root / "line.yaml").write_text(json.dumps({"name": "line", "stages": stages}))
+    code, output = cluster.trimtab("submit", "line.yaml")
+    assert code == 0, output
+    jobs = {
+        stage["name"]: stage for stage in json.loads(cluster.files("line/pipeline.json").root.read_text())["stages"]
+    }
+    for name, stage in jobs.items():
+        cluster.wait_until_over(stage["job"], f"line/{name}")
+    assert cluster.outcome("line/first")["reason"] == "completed", cluster.log("line/first")
+    assert cluster.outcome("line/second")["reason"] == "halted", cluster.log("line/second")
+    third = cluster.outcome("line/third")
+    assert third["reason"] == "cancelled"
+    assert third["message"].startswith("not started: stage 'second' halted: ")
+    assert cluster.jobs("line/third") == []
+    assert cluster.lab.job(int(jobs["third"]["job"]))["JobState"] == "CANCELLED"
+    code, output = cluster.trimtab("status", "runs/line")
+    assert "third: cancelled: not started: stage 'second' halted" in " ".join(output.split())
+
+
+def test_an_array_of_three_seeds(cluster: Cluster) -> None:
+    job = cluster.submit("config.yaml", *SHORT, "--seeds", "3", "--nodes", "1")
+    names = [f"small/seed={seed}" for seed in (3, 4, 5)]
+    for index, name in enumerate(names):
+        cluster.wait_until_over(f"{job}_{index}", name)
+        assert cluster.outcome(name)["reason"] == "completed", cluster.log(name)
+        assert [each.job for each in cluster.jobs(name)] == [f"{job}_{index}"]
+    code, output = cluster.trimtab("results", "runs/small", "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    runs = found["runs"] if isinstance(found, dict) else found
+    assert len(runs) == 3
+    assert len({cluster.outcome(name)["held_out_loss"] for name in names}) == 3
+
+
+def test_a_hostile_name_is_only_text(cluster: Cluster) -> None:
+    name = "a'b\"c $(touch pwned) `touch pwned`; touch pwned\n#SBATCH --nodes=9"
+    (cluster.root / "config.yaml").write_text(
+        textwrap.dedent((cluster.root / "config.yaml").read_text()).replace("name: small", f"name: {json.dumps(name)}")
+    )
+    job = cluster.submit("config.yaml", *SHORT, "--nodes", "1")
+    cluster.wait_until_over(job, name)
+    assert cluster.outcome(name)["reason"] == "completed", cluster.log(name)
+    code, output = cluster.trimtab("status")
+    assert code == 0, output
+    assert "\\n#SBATCH" in output.replace("\n", "")
+    assert not list(cluster.root.rglob("*pwned"))[1:], "the run directory itself is called so"
+    assert not (cluster.files(name).root / "pwned").exists()
