@@ -136,7 +136,7 @@ def prepare(
 def status(
     folder: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder of runs, or one run.")] = Path("runs"),
 ) -> None:
-    """All runs of a folder: state, job, step, loss, speed, goodput; of one run also its jobs and where its time went."""
+    """All runs of a folder: state, job, step, loss, speed, goodput; of one run also its jobs, and where time went."""
     from launcher.status import overview
 
     shown = overview(folder)

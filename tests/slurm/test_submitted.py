@@ -8,7 +8,7 @@ from workspace import Workspace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-AT_A_TIME = 1.0
+AT_A_TIME = 2.0
 """Seconds of a step while something is to happen."""
 
 
@@ -30,6 +30,7 @@ def test_whatever_happens_to_it(cluster: Cluster, local: Workspace) -> None:
     """In turn: the time limit, preemption, a requeue, a killed rank, a lost node, a cut one, a signal in a save."""
     lab = cluster.lab
     slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, 7)]
+    cluster.site("signal_seconds: 40")
     faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()"]'
     job = cluster.submit("config.yaml", *SMALL, faults, "--nodes", "2", "--ranks", "1", "--time", "1")
 
