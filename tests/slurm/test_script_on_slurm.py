@@ -278,8 +278,10 @@ def test_one_task_of_an_array_is_a_job_of_its_own(lab: Lab, waiting: Waiting) ->
     scheduler.cancel([tasks[1]])
     lab.wait_for(lambda: state_of(tasks[1]) == "CANCELLED")
     assert state_of(tasks[0]) == "RUNNING"
-    scheduler.cancel([array])
-    wait_until_over(lab, array)
+    held = waiting.submit("--hold", "--array=0-1")
+    assert scheduler.jobs([held]).keys() == {f"{held}_0", f"{held}_1"}
+    scheduler.cancel([array, held])
+    wait_until_over(lab, array, held)
 
 
 def test_what_waits_for_a_job_can_wait_for_another(lab: Lab, waiting: Waiting) -> None:
