@@ -86,7 +86,7 @@ class SiteConfig(Section):
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """How the site wants to be asked for GPUs."""
     directives: dict[Option, Text | int | bool] = Field(default={})
-    """Further options of sbatch: `{constraint: a100, switches: 1, contiguous: true}`. What trimtab sets itself is
+    """Further options of sbatch: `{constraint: a100, switches: 1, contiguous: true}`. What is set elsewhere is
     refused with the place to set it."""
     modules: tuple[Text, ...] = ()
     """Environment modules that are loaded first. Where they are unknown, /etc/profile is read before."""
