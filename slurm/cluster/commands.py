@@ -60,10 +60,7 @@ def down() -> None:
 
     def act() -> None:
         with lifecycle.held(options.state, create=False) as folder:
-            if folder is None:
-                lifecycle.say(f"there is none in {options.state}")
-            else:
-                lifecycle.down(folder)
+            lifecycle.down(folder or lifecycle.located(options.state))
 
     _run(act)
 

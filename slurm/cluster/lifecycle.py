@@ -39,11 +39,16 @@ def default_folder() -> Path:
     return Path(runtime, "trimtab-lab") if runtime else Path(f"/tmp/trimtab-lab-{os.geteuid()}")  # noqa: S108
 
 
+def located(folder: Path) -> Path:
+    """One name for one folder. A link in its own place is not followed: `held` refuses it."""
+    folder = folder.absolute()
+    return folder.parent.resolve() / folder.name
+
+
 @contextlib.contextmanager
 def held(folder: Path, *, create: bool) -> Iterator[Path | None]:
     """The folder of a cluster, while no other of these commands works on it; None where there is none."""
-    folder = folder.absolute()
-    folder = folder.parent.resolve() / folder.name  # one name for one folder; a link in its place is refused below
+    folder = located(folder)
     if len(str(folder)) > _LONGEST_FOLDER or not str(folder).isprintable() or _TROUBLESOME & set(str(folder)):
         raise ClusterError(f"{folder} cannot hold a cluster: at most {_LONGEST_FOLDER} plain characters without spaces")
     while True:
@@ -191,6 +196,11 @@ def remove(folder: Path, *, keep_folder: bool = False) -> int:
 
 
 def down(folder: Path) -> None:
+    if not folder.exists():  # it may have been cleared away under a running cluster
+        ended = processes.end(folder)
+        network.unplug(folder)
+        say(f"down: {ended} processes ended; {folder} was gone" if ended else f"there is none in {folder}")
+        return
     if Plan.load(folder) is None and any(entry.name != "cluster.json.new" for entry in folder.iterdir()):
         raise ClusterError(f"{folder} holds no cluster; it is left as it is")
     ended = remove(folder)

@@ -46,7 +46,7 @@ class Lab:
         """
         done = self.cluster("up", "--for", str(os.getpid()), *options)
         if done.returncode == UNAVAILABLE:
-            raise LabUnavailableError(done.stderr.strip())
+            raise LabUnavailableError(done.stderr.strip().splitlines()[-1])
         assert done.returncode == 0, done.stderr
         return done.stderr.strip()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -272,6 +273,14 @@ def test_down_leaves_nothing(empty: Lab, tmp_path: Path, mode: str) -> None:
     assert links_of(empty) == []
     assert not empty.folder.exists()
     assert empty.cluster("down").stderr == f"cluster: there is none in {empty.folder}\n"
+
+
+def test_down_ends_a_cluster_whose_folder_was_cleared_away(empty: Lab) -> None:
+    empty.up("--nodes", "1")
+    shutil.rmtree(empty.folder)
+    assert "was gone" in empty.cluster("down").stderr
+    assert processes_of(empty) == {}
+    assert links_of(empty) == []
 
 
 def test_it_goes_with_the_process_that_it_was_for(empty: Lab) -> None:
