@@ -32,7 +32,7 @@ def chain(submission: Submission, job: str, say: Say) -> str:
 def hand_over(job: str, successor: str, say: Say) -> None:
     """What waits for `job` to end well waits for `successor` instead."""
     for waiting, state in scheduler.waiting_for(job).items():
-        scheduler.depend(waiting, state.dependency.replace(f":{job}", f":{successor}"))
+        scheduler.redirect(state, job, successor)
         say(f"job {waiting} now waits for job {successor}")
 
 

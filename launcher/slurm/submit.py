@@ -13,6 +13,7 @@ from typing import Literal
 from launcher import start
 from launcher.run_directory import write_atomically
 from launcher.slurm import scheduler
+from launcher.slurm.fitting import refuse_unfitting, refuse_unmounted
 from launcher.slurm.history import read_jobs
 from launcher.slurm.script import render, sbatch_arguments
 from launcher.slurm.site import SiteConfig
@@ -145,6 +146,7 @@ def _submission(
     config, site = request.config, options.site
     nodes = options.nodes or (config.cluster.nodes, config.cluster.nodes)
     device = _device(config, site, nodes)
+    refuse_unmounted(site, {"the run": request.root, "prepared data": Path(config.data.prepared)})
     script = RunFiles(request.root if len(requests) == 1 else request.root.parent).script
     return Submission(
         name=config.name,
@@ -170,14 +172,7 @@ def _device(config: RunConfig, site: SiteConfig, nodes: tuple[int, int]) -> Lite
     gpus = scheduler.gpus_by_node(site.partition, site.gpu_type)
     if config.cluster.device == "auto" and not any(gpus.values()):
         return "cpu"
-    wanted = config.cluster.ranks_per_node
-    if sum(count >= wanted for count in gpus.values()) < nodes[0]:
-        kinds = ", ".join(f"{list(gpus.values()).count(number)} with {number}" for number in sorted({*gpus.values()}))
-        raise LaunchError(
-            f"{nodes[0]} nodes with {wanted} GPUs each are needed, one GPU a rank, and the partition "
-            f"{site.partition or '(default)'} has {kinds or 'none'}; lower cluster.ranks_per_node or --nodes, or name "
-            "another partition in the site's settings"
-        )
+    refuse_unfitting(site, nodes, config.cluster.ranks_per_node, gpus)
     return "cuda"
 
 

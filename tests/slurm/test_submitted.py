@@ -32,7 +32,8 @@ def test_whatever_happens_to_it(cluster: Cluster, local: Workspace) -> None:
     slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, 7)]
     cluster.site("signal_seconds: 40")
     faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()"]'
-    job = cluster.submit("config.yaml", *SMALL, faults, "--nodes", "2", "--ranks", "1", "--time", "1")
+    options = (*SMALL, "checkpoint.every=1", faults)
+    job = cluster.submit("config.yaml", *options, "--nodes", "2", "--ranks", "1", "--time", "1")
 
     cluster.wait_for_training(1)
     lab.wait_for(lambda: lab.job(job)["Restarts"] == "1")  # the time limit

@@ -64,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.telemetry.console",
         "trainer.telemetry.goodput",
         "trainer.telemetry.books",
+        "trainer.exclusive",
         "trainer.faults",
         "trainer.report",
         "trainer.stability",
