@@ -12,7 +12,7 @@ from typing import Literal
 
 from launcher import start
 from launcher.run_directory import write_atomically
-from launcher.slurm import scheduler
+from launcher.slurm import exclusion, scheduler
 from launcher.slurm.fitting import refuse_unfitting, refuse_unmounted
 from launcher.slurm.history import read_jobs
 from launcher.slurm.script import render, sbatch_arguments
@@ -95,7 +95,7 @@ def submit_runs(
     requests = [_on_these_nodes(request, options) for request in requests]
     submissions = [_submission(request, options, requests, before) for request in requests]
     script, path = render(submissions), Path(submissions[0].script)
-    arguments = sbatch_arguments(submissions)
+    arguments = [*sbatch_arguments(submissions), *_left_out(submissions[0])]
     if after:
         arguments = [*arguments, f"--dependency=afterok:{':'.join(after)}"]
     result = Submitted(None, script, ("sbatch", *arguments, str(path)))
@@ -174,6 +174,12 @@ def _device(config: RunConfig, site: SiteConfig, nodes: tuple[int, int]) -> Lite
         return "cpu"
     refuse_unfitting(site, nodes, config.cluster.ranks_per_node, gpus)
     return "cuda"
+
+
+def _left_out(submission: Submission) -> list[str]:
+    """The option of sbatch that keeps the job off nodes that other runs found unfit."""
+    found = exclusion.excluded(Path(submission.root).parent, time.time())
+    return [f"--exclude={','.join(sorted({*submission.site.exclude, *found}))}"] if found else []
 
 
 def _refuse_active(submission: Submission) -> None:

@@ -79,6 +79,11 @@ class Lab:
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
+    def on(self, node: str, *argv: str | Path) -> None:
+        """Runs a command on a node."""
+        done = self.run("srun", f"--nodelist={node}", "--overlap", *argv)
+        assert done.returncode == 0, done.stderr
+
     def job(self, job: int) -> dict[str, str]:
         """What `scontrol show job` says about a job. Raises LookupError if there is none.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Iterator
 
 import pytest
+from lab import Lab
 from submitted import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -36,6 +38,59 @@ def test_a_halt_is_not_requeued_and_three_starts_without_progress_end(cluster: C
     shown = " ".join(output.split())
     assert f"halting: halted: {outcome['message']}"[:60] in shown
     assert "gave up: 3 starts in a row" in shown
+
+
+PREFLIGHT = "preflight: {memory_gib: 0.01, disk_gib: 0.01, disk_megabytes_per_second: 0, shared_memory_gib: 0.01}"
+
+
+@pytest.fixture
+def unfit(cluster: Cluster, lab_with_machines: Lab) -> Iterator[str]:
+    """A node that has hardly any /dev/shm."""
+    lab_with_machines.on("node2", "mount", "-o", "remount,size=1M", "/dev/shm")
+    yield "node2"
+    lab_with_machines.on("node2", "mount", "-o", "remount,size=50%", "/dev/shm")
+
+
+def test_a_node_that_is_not_fit_is_left_out_by_name(cluster: Cluster, unfit: str) -> None:
+    cluster.site(PREFLIGHT)
+    job = cluster.submit("config.yaml", *SHORT, "--nodes", "2")
+    cluster.wait_until_over(job)
+    assert cluster.outcome()["reason"] == "completed", cluster.log()
+    first, second = cluster.jobs()
+    assert (first.nodes, first.reason, first.then) == (("node1", unfit), "node", "requeue")
+    why = f"{unfit}: only 0.00098 GiB are free in /dev/shm, 0.01 are required"
+    assert first.why == f"1 of 2 nodes are not fit, and the run needs 2: {why}"
+    assert (second.nodes, second.reason) == (("node1", "node3"), "completed")
+    assert cluster.lab.job(job)["ExcNodeList"] == unfit
+    code, output = cluster.trimtab("nodes")
+    assert code == 0
+    assert output.startswith(f"{unfit}  for 23 h more, found out by small: {why}")
+
+    # another run of the folder is not given it either, until it is forgiven
+    code, output = cluster.trimtab("submit", "config.yaml", *SHORT, "name=other", "--nodes", "2", "--dry-run")
+    assert f"--exclude={unfit}" in output, output
+    assert cluster.trimtab("nodes", "--forgive", unfit)[1].startswith(f"{unfit} is used again\n")
+    code, output = cluster.trimtab("submit", "config.yaml", *SHORT, "name=other", "--nodes", "2", "--dry-run")
+    assert "--exclude" not in output, output
+
+
+def test_with_fewer_nodes_than_before_it_goes_on_with_the_same_batch(cluster: Cluster, unfit: str) -> None:
+    """On both nodes first; when a rank has died, one of them is looked at and is not fit."""
+    slow = 'faults=["at(step=2, start=1).slow(2.0, steps=100)"]'
+    options = (*ALONE, "schedule.duration=6", "schedule.warmup=1", "checkpoint.every=1", "evaluation.every=null")
+    job = cluster.submit("config.yaml", *options, slow, "--nodes", "1-2")
+    cluster.wait_for_training(1)
+    submission = cluster.files().submission
+    record = json.loads(submission.read_text())
+    record["site"]["preflight"] |= {"enabled": True, "memory_gib": 0.01, "disk_gib": 0.01, "shared_memory_gib": 0.01}
+    submission.write_text(json.dumps(record))
+    assert cluster.lab.run("scontrol", "requeue", str(job)).returncode == 0
+    cluster.wait_until_over(job)
+    assert cluster.outcome()["reason"] == "completed", cluster.log()
+    starts = [record for record in cluster.ledger() if record["kind"] == "start"]
+    assert [(start["ranks"], start["job"]["nodes"]) for start in starts] == [(2, ["node1", unfit]), (1, ["node1"])]
+    assert starts[1]["resumed_step"] > 0
+    assert [start["plan"]["batch"].split(" = ")[0] for start in starts] == ["8", "8"]
 
 
 def test_a_pipeline_ends_with_the_stage_that_fails(cluster: Cluster) -> None:
