@@ -6,11 +6,12 @@ import fcntl
 import math
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +40,15 @@ _STYLES = {
     "prepared": "dim",
 }
 _ALIVE = ("running", "starting")
+
+_TITLES = (
+    *("run", "state", "job", "nodes", "start", "step", "loss", "held-out", "tokens/s", "saved", "goodput"),
+    *("incidents", "left out", "last sign"),
+)
+_FIRST_TO_GO = ("start", "nodes", "saved", "held-out", "tokens/s", "left out", "last sign")
+"""Columns that a narrow terminal does without, in this order."""
+_FOLDED = 16
+"""Letters of a name that stay on one line at least."""
 _EXPLAINED = ("halted", "crashed", "refused", "cancelled")
 """States that nobody asked for, or that end a job: a sentence says why."""
 
@@ -108,7 +118,7 @@ def overview(folder: Path) -> Group | None:
         return None
     more = details(folder, now, states, alive=runs[0].state in _ALIVE) if roots == [folder] else []
     lines = [*sentences(runs), *([visible(note)] if note else [])]
-    return Group(table(runs), *([Text("\n".join(["", *lines]))] if lines else []), *more)
+    return Group(Fitted(runs), *([Text("\n".join(["", *lines]))] if lines else []), *more)
 
 
 def status_of(root: Path, now: float, states: States | None = None) -> RunStatus:
@@ -224,45 +234,67 @@ def sentences(runs: list[RunStatus]) -> list[str]:
     ]
 
 
-def table(runs: list[RunStatus]) -> Table:
-    """The runs as a table; incidents, jobs and goodput have columns where there are any."""
-    troubled = any(run.incidents or run.quarantined for run in runs)
-    submitted, accounted = any(run.job for run in runs), any(run.goodput is not None for run in runs)
+class Fitted:
+    """The table of runs, without columns for which a terminal is too narrow."""
+
+    def __init__(self, runs: list[RunStatus]):
+        self._runs = runs
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number in range(len(_FIRST_TO_GO) + 1):
+            found = table(self._runs, _FIRST_TO_GO[:number])
+            if console.measure(found, options=options.update(max_width=10_000)).minimum <= options.max_width:
+                break
+        yield found
+
+
+def table(runs: list[RunStatus], without: Collection[str] = ()) -> Table:
+    """The runs as a table; incidents, jobs and goodput have columns where there are any.
+
+    Args:
+        without: titles of columns to leave out.
+    """
     result = Table(box=None, header_style="bold", pad_edge=False)
-    result.add_column("run", overflow="fold")
-    result.add_column("state", no_wrap=True)
-    if submitted:
-        result.add_column("job", overflow="fold")
-        result.add_column("nodes", justify="right", no_wrap=True)
-    titles = (
-        "start",
-        "step",
-        "loss",
-        "held-out",
-        "tokens/s",
-        "saved",
-        *(("goodput",) if accounted else ()),
-        *(("incidents", "left out") if troubled else ()),
-    )
-    for title in (*titles, "last sign"):
-        result.add_column(title, justify="right", no_wrap=True)
-    for run in runs:
-        left_out = f"{run.quarantined} batch{'' if run.quarantined == 1 else 'es'}" if run.quarantined else "–"
-        result.add_row(
-            Text(visible(run.name)),
-            Text(run.state, style=_STYLES.get(run.state.partition(" ")[0], "red")),
-            *((Text(visible(run.job) or "–"), Text(run.nodes or "–")) if submitted else ()),
-            Text(str(run.start) if run.start else "–"),
-            Text("–" if run.step is None else f"{run.step}/{run.steps if run.steps is not None else '?'}"),
-            Text(_number(run.loss)),
-            Text(_number(run.held_out_loss)),
-            Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
-            Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
-            *((Text("–" if run.goodput is None else f"{run.goodput:.1%}"),) if accounted else ()),
-            *((_incidents(run), Text(left_out)) if troubled else ()),
-            Text("–" if run.seconds_since is None else f"{age(run.seconds_since)} ago"),
-        )
+    shown = [_row(run) for run in runs]
+    there = {
+        "job": any(run.job for run in runs),
+        "nodes": any(run.job for run in runs),
+        "goodput": any(run.goodput is not None for run in runs),
+        "incidents": any(run.incidents or run.quarantined for run in runs),
+        "left out": any(run.incidents or run.quarantined for run in runs),
+    }
+    titles = [title for title in _TITLES if there.get(title, True) and title not in without]
+    for title in titles:
+        width = max(len(title), *(row[title].cell_len for row in shown), 0)
+        if title in ("run", "job"):
+            result.add_column(title, overflow="fold", min_width=min(width, _FOLDED))
+        else:
+            side: Literal["left", "right"] = "left" if title == "state" else "right"
+            result.add_column(title, justify=side, no_wrap=True, min_width=width)
+    for row in shown:
+        result.add_row(*(row[title] for title in titles))
     return result
+
+
+def _row(run: RunStatus) -> dict[str, Text]:
+    """The cells of a run by title."""
+    left_out = f"{run.quarantined} batch{'' if run.quarantined == 1 else 'es'}" if run.quarantined else "–"
+    return {
+        "run": Text(visible(run.name)),
+        "state": Text(run.state, style=_STYLES.get(run.state.partition(" ")[0], "red")),
+        "job": Text(visible(run.job) or "–"),
+        "nodes": Text(run.nodes or "–"),
+        "start": Text(str(run.start) if run.start else "–"),
+        "step": Text("–" if run.step is None else f"{run.step}/{run.steps if run.steps is not None else '?'}"),
+        "loss": Text(_number(run.loss)),
+        "held-out": Text(_number(run.held_out_loss)),
+        "tokens/s": Text("–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"),
+        "saved": Text("–" if run.checkpoint is None else f"step {int(run.checkpoint.removeprefix('step-'))}"),
+        "goodput": Text("–" if run.goodput is None else f"{run.goodput:.1%}"),
+        "incidents": _incidents(run),
+        "left out": Text(left_out),
+        "last sign": Text("–" if run.seconds_since is None else f"{age(run.seconds_since)} ago"),
+    }
 
 
 def _incidents(run: RunStatus) -> Text:

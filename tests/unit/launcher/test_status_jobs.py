@@ -19,7 +19,7 @@ from launcher.slurm.scheduler import JobState, SchedulerError
 from launcher.slurm.site import SiteConfig
 from launcher.slurm.standing import States, allocations, ask, ids_of, queued_seconds, standing_of
 from launcher.slurm.submission import Submission, write_submission
-from launcher.status import overview, sentences, status_of, statuses, table
+from launcher.status import Fitted, overview, sentences, status_of, statuses, table
 from trainer.config.files import RunFiles
 from trainer.telemetry.goodput import Accountant
 from trainer.telemetry.ledger import Record, encode
@@ -354,3 +354,19 @@ def test_a_folder_with_and_without_jobs(run: Path) -> None:
     ]
     assert shown(table(found)).splitlines()[0].split()[:4] == ["run", "state", "job", "nodes"]
     assert "job" not in shown(table(found[:1])).splitlines()[0].split()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_goes_without_columns_rather_than_without_digits(run: Path, width: int) -> None:
+    append_begin(RunFiles(run), FIRST)
+    write(run, [start(FIRST, NOW - 90), attempt(NOW - 80, 1)])
+    found = status_of(run, NOW, known("RUNNING"))
+    header, row = (" ".join(line.split()) for line in shown(Fitted([found]), width=width).splitlines())
+    assert header.startswith("run state job ")
+    assert row.startswith("small running 12 RUNNING ")
+    assert "…" not in row
+    assert " 1/100 2.0000 " in f"{row} "
+    assert ("start" in header) == (width > 100)
+    assert ("tokens/s" in header) == (width >= 80)
+    assert header.endswith("goodput last sign") == (width >= 80)
+    assert header.endswith("goodput") == (width < 80)

@@ -1,5 +1,6 @@
 """Accounts of time: by hand, and over anything that can happen to a run: nothing missing, nothing twice."""
 
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.config.schema import TelemetryConfig
 from trainer.records import Outcome, Position, Saved, Step, StepStats, Timing
 from trainer.telemetry import scalars as tb
-from trainer.telemetry.books import Books, account
+from trainer.telemetry.books import Books, _places, account, first_attempt, newest_of
 from trainer.telemetry.goodput import PARTS, Accountant, Goodput
 from trainer.telemetry.ledger import FILE_NAME, Record, encode, read_ledger
 from trainer.telemetry.recorder import RunFacts, Telemetry
@@ -244,6 +247,32 @@ def test_what_a_superseded_start_wrote_too_late_is_not_gone_on_with(tmp_path: Pa
     write(path, [attempt(50, 2, 2, 40), event("goodput", 50, **old.record())])
     assert account(path).record() == accounts(records).record()
     assert parts(account(path).goodput()) == {"starting": 1 + 2, "lost": 1, "steps": 1}
+
+
+@given(st.lists(st.sampled_from(["start", "starting", "x"]), max_size=8), st.integers(1, 40), st.booleans())
+def test_lines_are_found_from_the_end_whatever_the_blocks(kinds: list[str], size: int, cut: bool) -> None:
+    lines = [encode({"kind": kind, "text": '{"kind":"start",'}) for kind in kinds]
+    content = b"".join(lines)
+    places = [len(b"".join(lines[:number])) for number, kind in enumerate(kinds) if kind == "start"]
+    end = places[-1] if cut and places else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.telemetry.books._BLOCK_BYTES", size)
+        found = list(_places(io.BytesIO(content), b'{"kind":"start",', end))
+    assert found[::-1] == (places if end is None else places[:-1])
+
+
+def test_the_newest_of_a_kind_and_the_first_attempt_of_the_newest_start(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    assert (newest_of(path, "evaluation"), first_attempt(path)) == (None, (None, None))
+    seen = event("evaluation", 2, step=1, seconds=1)
+    second = start(5, 2)
+    write(path, [start(0), attempt(1, 1, 1, 1), seen, second, event("message", 6, start=2)])
+    assert newest_of(path, "evaluation") == seen
+    assert newest_of(path, "checkpoint") is None
+    assert first_attempt(path) == (second, None)
+    tries = [attempt(number, number, number, 1) | {"start": 2} for number in (7, 8)]
+    write(path, tries)
+    assert first_attempt(path) == (second, tries[0])
 
 
 def test_a_goodput_record_of_another_version_is_passed_over(tmp_path: Path) -> None:

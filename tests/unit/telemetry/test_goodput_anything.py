@@ -152,7 +152,8 @@ class World:
         self.tell("evaluation", step=self.step, seconds=milliseconds / 1000)
         self.trained = True
 
-    def go_back(self, depth: int, milliseconds: int) -> None:
+    def go_back(self, depth: int, milliseconds: int, killed: bool) -> None:
+        """`killed`: a crash before what was saved of later steps is removed."""
         if not self.trained or not self.attempt:
             return
         to = max(0, self.step - depth)
@@ -164,7 +165,7 @@ class World:
         self.rewinds.append((self.attempt, rows))
         self.rewound.append((self.attempt, rows))
         self.step = to
-        self.positions = [each for each in self.positions if each[0] <= to] or [(0, 0)]
+        self.positions = [each for each in self.positions if each[0] <= to or killed] or [(0, 0)]
         self.tell("rewind", attempt=self.attempt, to_step=to, seconds=milliseconds / 1000)
         self.since = {}
 
@@ -203,7 +204,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("pause"), SHORT),
     st.tuples(st.just("save"), SHORT),
     st.tuples(st.just("evaluate"), SHORT),
-    st.tuples(st.just("go_back"), st.integers(0, 9), SHORT),
+    st.tuples(st.just("go_back"), st.integers(0, 9), SHORT, st.booleans()),
     st.tuples(st.just("end"), st.sampled_from(["completed", "stopped", "halted", "crashed"]), SHORT),
     st.tuples(st.just("begin"), st.sampled_from(["here", "job", "local"]), SHORT, SHORT, st.integers(0, 3)),
 )
