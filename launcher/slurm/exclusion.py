@@ -86,8 +86,7 @@ def excluded(folder: Path, now: float) -> dict[str, Exclusion]:
         return {}
     found = {}
     for path in paths:
-        # a file that is being written has a name that begins with a dot
-        if path.name.startswith(".") or (exclusion := _read(path)) is None:
+        if (exclusion := _read(path)) is None:
             continue
         if exclusion.until > now:
             found[exclusion.node] = exclusion

@@ -79,6 +79,16 @@ def test_several_ranks_can_be_slow() -> None:
     assert {(item.rank, item.ratio) for _, item in said} == {(1, 2.0), (6, 3.0)}
 
 
+def test_what_another_rank_lasted_does_not_count() -> None:
+    """Rank 2 had hiccups for long, beside a slow rank 1, before it became slow itself."""
+    stragglers = Stragglers(6, lasting=60.0)
+    hiccups = [[1.0, 2.0, 2.0 if step % 6 == 0 else 1.0, 1.0, 1.0, 1.0] for step in range(300)]
+    assert {item.rank for _, item in watched(stragglers, hiccups)} == {1}
+    ((number, item),) = watched(stragglers, steps(100, ranks=6, slow={1: 2.0, 2: 2.0}))
+    # 30 steps of 2 s, from the one on in which more than 5 of 20 were slow: hiccups make 3 of them
+    assert (item.rank, number) == (2, 33)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_what_slows_all_is_no_straggler(ranks: int) -> None:
     both = [[1.0 + step % 7] * ranks for step in range(300)]
