@@ -234,6 +234,19 @@ def test_the_books_begin_where_the_newest_record_leaves_them(tmp_path: Path, mon
     assert said == []
 
 
+def test_what_a_rollback_took_before_the_newest_record_comes_back_too(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    records = [
+        start(0), *(attempt(step, step, step, 1) for step in range(1, 6)),
+        event("rewind", 6, attempt=5, to_step=2, seconds=1), attempt(7, 6, 3, 1),
+    ]  # fmt: skip
+    write(path, [*records, event("goodput", 7, **accounts(records).record())])
+    books = Books(path, 2, print)
+    resumed = start(8, 2, step=4, attempt=4, began=T + 7.5)
+    books.feed(resumed)
+    assert books.record() == {"kind": "goodput", **accounts([*records, resumed]).record()}
+
+
 def test_what_a_superseded_start_wrote_too_late_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     old = Accountant()
