@@ -48,6 +48,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/elastic.py
 	$(BIN)/python benchmarks/damage.py
 	$(BIN)/python benchmarks/crash.py
+	$(BIN)/python benchmarks/slurm.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,12 @@ class Cluster:
         return any(record["kind"] == "attempt" and record["start"] == start for record in self.ledger(name))
 
     def wait_for_training(self, start: int, name: str = "small", seconds: float = 90) -> None:
+        self.wait(lambda: self.is_training(start, name), name, seconds)
+
+    def wait(self, predicate: Callable[[], object], name: str = "small", seconds: float = 90) -> None:
+        """As the cluster waits; what the run's jobs printed is said where it was in vain."""
         try:
-            self.lab.wait_for(lambda: self.is_training(start, name), seconds)
+            self.lab.wait_for(predicate, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log(name)}") from error
 
@@ -108,10 +114,7 @@ class Cluster:
             state = self.lab.run("squeue", "--noheader", "--states=all", "--format=%T", f"--job={job}").stdout.split()
             return not any(each in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED") for each in state)
 
-        try:
-            self.lab.wait_for(is_over, seconds)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log(name)}") from error
+        self.wait(is_over, name, seconds)
 
     def ranks(self, name: str = "small") -> list[psutil.Process]:
         """Processes of ranks of a run, on all nodes, in the order in which they were started."""
@@ -125,3 +128,60 @@ class Cluster:
 
     def kill_a_rank(self, name: str = "small") -> None:
         os.kill(self.ranks(name)[-1].pid, signal.SIGKILL)
+
+
+EVENTS = {
+    "limit": "its time limit",
+    "preempted": "preempted by a higher partition",
+    "requeued": "`scontrol requeue`",
+    "killed": "SIGKILL to a rank",
+    "lost": "a node loses its power",
+    "cut": "a node's network is cut, its ranks live on",
+    "warned": "USR1 while a checkpoint is written",
+}
+AT_A_TIME = 2.0
+"""Seconds of a step while something is to happen."""
+
+
+def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, float]]]:
+    """Submits `small` on two nodes, and lets each of EVENTS befall a start of it, in turn.
+
+    Returns:
+        The job; and of each event its name, the start, and when it was, in Unix seconds.
+    """
+    lab, happened = cluster.lab, []
+
+    def note(what: str) -> None:
+        happened.append((what, max(record["start"] for record in cluster.ledger()), time.time()))
+
+    slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, 7)]
+    faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()"]'
+    cluster.site("signal_seconds: 20", *site)
+    options = (*SMALL, "checkpoint.every=1", faults)
+    job = cluster.submit("config.yaml", *options, "--nodes", "2", "--ranks", "1", "--time", "1")
+
+    cluster.wait_for_training(1)
+    cluster.wait(lambda: "until the time limit of the job" in cluster.log() or "SIGUSR1: " in cluster.log())
+    note("limit")
+    cluster.wait(lambda: cluster.jobs()[-1].reason == "stopped" or cluster.is_training(2))
+    assert lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=30").returncode == 0
+    cluster.wait_for_training(2)
+    preempting = lab.sbatch("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    note("preempted")
+    cluster.wait_until_over(preempting)
+    cluster.wait_for_training(3)
+    assert lab.run("scontrol", "requeue", str(job)).returncode == 0
+    note("requeued")
+    cluster.wait_for_training(4)
+    cluster.kill_a_rank()
+    note("killed")
+    cluster.wait_for_training(5)
+    lab.power_off(cluster.jobs()[-1].nodes[-1])
+    note("lost")
+    cluster.wait_for_training(6)
+    lab.cut(cluster.jobs()[-1].nodes[-1])
+    note("cut")
+    struck = cluster.files().root / "faults.jsonl"
+    cluster.wait(lambda: "warn_while_saving" in struck.read_text().splitlines()[-1])
+    warning = json.loads(struck.read_text().splitlines()[-1])
+    return job, [*happened, ("warned", 7, warning["time"])]
