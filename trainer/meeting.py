@@ -189,8 +189,8 @@ def _store(order: Order, say: Say, deadline: float) -> Store:
             raise MeetingError(f"port {order.port} cannot be opened: {_first_line(error)}") from error
     else:
         _reach(order, deadline)
-        # something else may listen there, and never answer
-        left = timedelta(seconds=_left(deadline))
+        # something else may listen there, and never answer; torch tries twice
+        left = timedelta(seconds=_left(deadline) / 2)
         try:
             store = TCPStore(order.host, order.port, is_master=False, timeout=left)
         except dist.DistError as error:

@@ -103,6 +103,7 @@ def site(tmp_path: Path) -> Callable[[str, str], dict[str, str]]:
     return make
 
 
+@pytest.mark.slow
 def test_each_node_that_is_unfit_is_named_with_the_reason(
     tmp_path: Path, site: Callable[[str, str], dict[str, str]]
 ) -> None:
@@ -130,14 +131,15 @@ def test_each_node_that_is_unfit_is_named_with_the_reason(
     assert (first.stage, first.to) == ("done", "b")
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_nobodys_fault_and_nobody_waits_for_ever(tmp_path: Path) -> None:
     with socket.socket() as taken, a_machine() as machine:
         taken.bind(("", 0))
         # listens, and never answers
         taken.listen()
         port = taken.getsockname()[1]
-        findings = examined(machine, tmp_path, "a b", port, timeout_seconds=30)
-        assert machine.seconds < 30
+        findings = examined(machine, tmp_path, "a b", port, timeout_seconds=24)
+        assert machine.seconds < 24
     assert findings.bad == {}
     (text,) = findings.trouble
     assert text.startswith(f"a: the nodes could not meet there: port {port} cannot be opened: ")
