@@ -78,8 +78,8 @@ def measure(lab: Lab, folder: Path, seconds_up: float) -> str:
     lines = [
         "# Slurm",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, 2 cores for all nodes, Slurm 22.05 with "
-        "short times (a node is given up after 10 s, a requeued job waits 5 s), 2 nodes × 1 rank, ZeRO 2.",
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, 2 cores for all nodes, Slurm 22.05 "
+        "with short times (a node is given up after 10 s, a requeued job waits 5 s), 2 nodes × 1 rank, ZeRO 2.",
         "Command: `python benchmarks/slurm.py --write`. The run ended with the bits of the run on one machine.",
         "",
         f"`slurm/cluster/up`: {seconds_up:.1f} s.",

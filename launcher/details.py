@@ -13,6 +13,7 @@ from rich.text import Text
 
 from launcher.slurm.history import Job
 from launcher.slurm.standing import States, allocations, queued_seconds, standing_of
+from launcher.words import visible
 from trainer.config.files import RunFiles
 from trainer.telemetry.books import account, first_attempt
 from trainer.telemetry.goodput import Goodput
@@ -123,11 +124,6 @@ def start_table(number: int, split: Mapping[str, float], *, whole: bool) -> Tabl
     so_far = "to the first step" if whole else "so far"
     result.add_row(Text(so_far, "bold"), Text(f"{sum(split.values()):.1f} s", "bold"))
     return result
-
-
-def visible(text: str) -> str:
-    """Text of a user on one line of a terminal: control characters as Python writes them."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def lasted(seconds: float) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from launcher.details import visible
 from launcher.slurm.history import read_jobs
 from launcher.slurm.standing import States, ask, standing_of
 from launcher.slurm.submission import read_submission
+from launcher.words import visible
 from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
 

@@ -15,9 +15,10 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from launcher.details import details, visible
+from launcher.details import details
 from launcher.run_directory import LOCK_FILE, read_outcome
 from launcher.slurm.standing import Standing, States, allocations, ask, standing_of
+from launcher.words import visible
 from trainer.checkpoint.manifest import committed_steps, name_of, read_manifest
 from trainer.config.files import RunFiles
 from trainer.errors import CheckpointError, RunDirectoryError

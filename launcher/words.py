@@ -19,7 +19,6 @@ _HEADLINES = {
     "crashed": "The run crashed",
     "refused": "The run was refused",
     "superseded": "Another start of the run goes on with it",
-    "cancelled": "The run was not started",
 }
 
 
@@ -68,6 +67,6 @@ def _path(path: Path) -> str:
     return shlex.quote(relative if len(relative) < len(str(path)) else str(path))
 
 
-def shown(text: str) -> str:
-    """A text of users on one line of a terminal: control characters are made visible."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def visible(text: str) -> str:
+    """Text of a user on one line of a terminal: control characters as Python writes them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -190,7 +190,7 @@ def _judge_meeting(reports: Mapping[str, Report | None], wanted: PreflightConfig
     faults.add(devices, meetings)
     _judge_presence(reports, meetings, faults)
     _judge_links(meetings, wanted, faults)
-    wrong = {node for meeting in meetings.values() for node in meeting.wrong}
+    wrong = {node for meeting in meetings.values() for node in meeting.wrong if node in reports}
     if len(wrong) == 1:
         faults.blame(wrong.pop(), "what it adds to a sum over all nodes comes out wrong")
     elif wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -18,7 +19,7 @@ from trainer.config.schema import RunConfig
 Say = Callable[[str], None]
 
 SRUN_GRACE_SECONDS = 10.0
-"""For srun to end its processes, beyond the time that they are given."""
+"""For srun to end its processes, when they have had their time."""
 
 
 class Fitness:
@@ -103,13 +104,16 @@ class Fitness:
         """One process on each node; the end of one does not end the others."""
         listed = f"--nodelist={','.join(nodes)}"
         step = ["srun", f"--nodes={len(nodes)}", listed, "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--overlap"]
+        process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+            [*step, *argv], env={**os.environ, **self._submission.site.environment, **environment}
+        )
         try:
-            done = subprocess.run(  # noqa: S603 (a list, no shell)
-                [*step, *argv],
-                env={**os.environ, **self._submission.site.environment, **environment},
-                timeout=seconds + SRUN_GRACE_SECONDS,
-                check=False,
-            )
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
+            # killed at once it would leave its processes on the nodes
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SRUN_GRACE_SECONDS)
+            process.kill()
+            process.wait()
             return 124
-        return done.returncode

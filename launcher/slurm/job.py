@@ -39,10 +39,7 @@ from trainer.config.load import dump_config, read_run_config
 from trainer.config.schema import RunConfig
 from trainer.errors import SUPERVISED, ExitCode, LaunchError, TrimtabError
 from trainer.heartbeat import RELAUNCHED_VARIABLE
-
-JOB_VARIABLE = "TRIMTAB_JOB"
-"""For the ranks, JSON: job, restart, nodes, `allocated` (Unix seconds from which the time of this start counts), and
-in `parts` how long what came before the ranks took, in seconds."""
+from trainer.telemetry.books import JOB_VARIABLE
 
 AGAIN_SECONDS = 5.0
 """Ranks that are still being launched have no ears yet: a request to stop is repeated until they end."""
@@ -234,6 +231,7 @@ def _train(work: Work, layout: accelerate.Layout, nodes: tuple[str, ...], relaun
         "nodes": nodes,
         "allocated": work.began,
         "parts": work.parts,
+        "earlier": [(job.began, job.ended) for job in read_jobs(files) if job.ended is not None],
         "launched": time.time(),
     }
     environment = {

@@ -123,7 +123,9 @@ class Standing:
         if self.states is not None:
             return by_files
         # nobody answered
-        if last is None or last.then in ("requeue", "chain"):
+        if last is None:
+            return "queued" if by_files == "prepared" else by_files
+        if last.then in ("requeue", "chain"):
             return "queued"
         return "starting" if by_files == "prepared" else by_files
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.words import shown
+from launcher.words import visible
 from trainer.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def submit(
         return
     single = len(requests) == 1
     root = requests[0].root if single else requests[0].root.parent
-    print(f"submitted {'job' if single else f'an array of {len(requests)} jobs'} {done.job}: {shown(str(root))}")
+    print(f"submitted {'job' if single else f'an array of {len(requests)} jobs'} {done.job}: {visible(str(root))}")
     verbs = ("status", "logs --follow", "cancel") if single else ("status", "results")
     for verb in verbs:
         print(f"  trimtab {verb} {shlex.quote(str(root))}")
@@ -124,7 +124,7 @@ def _submit_pipeline(path: Path, overrides: Sequence[str], options: SubmitOption
     if dry_run:
         return
     listed = ", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "nothing: all its stages have ended well"
-    print(f"submitted {listed}: {shown(str(pipeline.root))}")
+    print(f"submitted {listed}: {visible(str(pipeline.root))}")
     print(f"  trimtab status {shlex.quote(str(pipeline.root))}")
 
 
@@ -205,6 +205,6 @@ def nodes(
     now = time.time()
     left_out = exclusion.excluded(folder, now)
     for name, each in left_out.items():
-        print(f"{name}  for {age(each.until - now)} more, found out by {shown(each.run)}: {shown(each.why)}")
+        print(f"{name}  for {age(each.until - now)} more, found out by {visible(each.run)}: {visible(each.why)}")
     if not left_out:
         print(f"no node is left out by the runs in {folder}")

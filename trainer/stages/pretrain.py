@@ -284,7 +284,8 @@ class Pretraining:
     def _notice(self, stats: StepStats) -> None:
         if self.setting.config.telemetry.stragglers:
             for straggler in self._stragglers.observe(stats.ranks.seconds):
-                self.telemetry.message("warning", sentence(straggler, self.guard.hosts))
+                level: Level = "info" if straggler.recovered else "warning"
+                self.telemetry.message(level, sentence(straggler, self.guard.hosts))
 
     def _evaluate(self, step: int) -> float | None:
         setting, config = self.setting, self.setting.config

@@ -13,7 +13,10 @@ import pytest
 from launcher.run_directory import locked
 from trainer.config.load import dump_config, load_config
 
-VERBS = ("run", "plan", "prepare", "status", "watch", "verify", "export", "drill", "quarantine", "judge", "doctor")
+VERBS = (
+    *("run", "plan", "prepare", "status", "watch", "verify", "export", "drill", "quarantine", "judge", "doctor"),
+    *("submit", "cancel", "logs", "results", "nodes"),
+)
 
 
 def trimtab(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
