@@ -162,8 +162,8 @@ def _options(submissions: Sequence[Submission]) -> list[BatchOption]:
         ("job-name", _job_name(submissions)),
         ("output", _output(submissions)),
         ("open-mode", "append"),
+        # no number of tasks: with one, Slurm gives the fewest nodes of a range
         ("nodes", f"{fewest}" if fewest == most else f"{fewest}-{most}"),
-        ("ntasks-per-node", 1),
     ]
     if (cores := _cores(first)) is not None:
         pairs.append(("cpus-per-task", cores))

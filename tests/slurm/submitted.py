@@ -74,7 +74,7 @@ class Cluster:
         return int(found[1])
 
     def files(self, name: str = "small") -> RunFiles:
-        return RunFiles(self.root / "runs" / name)
+        return RunFiles(Path(os.path.normpath(self.root / "runs" / name)))
 
     def outcome(self, name: str = "small") -> dict[str, Any]:
         result: dict[str, Any] = json.loads(self.files(name).outcome.read_text())
