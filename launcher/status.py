@@ -163,8 +163,18 @@ def status_of(root: Path, now: float, states: States | None = None) -> RunStatus
         job=standing.words if standing else "",
         nodes=standing.nodes if standing else "",
         goodput=time_spent.fraction or None,
-        why=(standing.why if standing else "") or (str(ended.get("message") or "") if state in _EXPLAINED else ""),
+        why=_why(standing, str(ended.get("message") or ""), state),
     )
+
+
+def _why(standing: Standing | None, message: str, state: str) -> str:
+    """Why the run stands where it does, in a sentence, from who knows best.
+
+    Args:
+        message: of its outcome.
+    """
+    decision, end_of_job = (standing.decision, standing.end_of_job) if standing else ("", "")
+    return decision or (message if state in _EXPLAINED else "") or end_of_job
 
 
 def _is_of(start: Record | None, standing: Standing) -> bool:

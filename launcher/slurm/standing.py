@@ -83,14 +83,15 @@ class Standing:
         return text + (f", requeued {self.restarts}×" if self.restarts else "")
 
     @property
-    def why(self) -> str:
-        """Why the run does not go on by itself, in a sentence; empty: it does, or its outcome says it."""
+    def decision(self) -> str:
+        """Why its last job did not have the run go on, in a sentence; empty: it did, or its outcome says it."""
         last = self.last
-        if last is not None and last.then == "end":
-            return last.why
-        if self._over and self.state is not None:
-            return f"job {self.job} ended as {self.state.state}"
-        return ""
+        return last.why if last is not None and last.then == "end" else ""
+
+    @property
+    def end_of_job(self) -> str:
+        """How the scheduler says that the job ended, in a sentence; empty: it has not, or is not known."""
+        return f"job {self.job} ended as {self.state.state}" if self._over and self.state is not None else ""
 
     @property
     def _over(self) -> bool:
