@@ -32,8 +32,15 @@ def chain(submission: Submission, job: str, say: Say) -> str:
 def hand_over(job: str, successor: str, say: Say) -> None:
     """What waits for `job` to end well waits for `successor` instead."""
     for waiting, state in scheduler.waiting_for(job).items():
-        scheduler.redirect(state, job, successor)
-        say(f"job {waiting} now waits for job {successor}")
+        if waiting != successor:
+            scheduler.redirect(state, job, successor)
+            say(f"job {waiting} now waits for job {successor}")
+
+
+def end_chain(submission: Submission, job: str, successor: str) -> None:
+    """The run does not go on after `job`: the next link is not needed."""
+    scheduler.cancel([successor])
+    write_submission(submission.model_copy(update={"job": job}))
 
 
 def cancel_after(root: Path, why: str, say: Say) -> None:

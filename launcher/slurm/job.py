@@ -199,7 +199,9 @@ def _start(work: Work, relaunched: dict[str, Any] | None) -> Ending:
     except SystemExit as left:
         # said already; what a command line ends with, a job notes
         code = left.code if isinstance(left.code, int) else ExitCode.CRASHED
-        reason = {ExitCode.STOPPED: "signal", ExitCode.USAGE: "refused"}.get(ExitCode(code), "crashed")
+        if code == ExitCode.STOPPED:
+            return Ending("signal", "asked to stop while the data was being prepared", code)
+        reason = "refused" if code == ExitCode.USAGE else "crashed"
         return Ending(reason, "the data could not be prepared; see the log of the job", code)
     except TrimtabError as error:
         return Ending("refused", str(error), error.exit_code)
@@ -352,7 +354,7 @@ def _end(work: Work, job: Job, ending: Ending, then: End) -> int:
     code = ending.exit_code
     if ending.reason != "superseded":
         if work.successor is not None:
-            scheduler.cancel([work.successor])
+            followers.end_chain(work.submission, work.allocation.job, work.successor)
         if ending.reason == "completed" and not start.is_exported(files.root):
             if start.export(files.root, requests=work.requests, contained=contained(work.submission)):
                 say(f"the run is complete, but was not exported; see above, then: trimtab export {files.root}")

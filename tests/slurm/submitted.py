@@ -155,7 +155,9 @@ def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, floa
         happened.append((what, max(record["start"] for record in cluster.ledger()), time.time()))
 
     slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, 7)]
-    faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()"]'
+    faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()", '
+    # the last save is at the end, and the last evaluation comes after it
+    faults += '"at(step=30, start=8).warn_while_saving()"]'
     cluster.site("signal_seconds: 20", *site)
     options = (*SMALL, "checkpoint.every=1", faults)
     job = cluster.submit("config.yaml", *options, "--nodes", "2", "--ranks", "1", "--time", "1")
@@ -182,6 +184,6 @@ def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, floa
     lab.cut(cluster.jobs()[-1].nodes[-1])
     note("cut")
     struck = cluster.files().root / "faults.jsonl"
-    cluster.wait(lambda: "warn_while_saving" in struck.read_text().splitlines()[-1])
-    warning = json.loads(struck.read_text().splitlines()[-1])
-    return job, [*happened, ("warned", 7, warning["time"])]
+    cluster.wait(lambda: "start=7" in struck.read_text())
+    warning = next(line for line in struck.read_text().splitlines() if "start=7" in line and "warn" in line)
+    return job, [*happened, ("warned", 7, json.loads(warning)["time"])]

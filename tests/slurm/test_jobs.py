@@ -76,19 +76,28 @@ def test_a_node_that_is_not_fit_is_left_out_by_name(cluster: Cluster, unfit: str
 
 
 def test_with_fewer_nodes_than_before_it_goes_on_with_the_same_batch(cluster: Cluster, unfit: str) -> None:
-    """On both nodes first; when a rank has died, one of them is looked at and is not fit."""
+    """On both nodes first; the next job of the chain finds that one of them is not fit."""
     slow = 'faults=["at(step=2, start=1).slow(2.0, steps=100)"]'
     options = (*ALONE, "schedule.duration=6", "schedule.warmup=1", "checkpoint.every=1", "evaluation.every=null")
-    cluster.site("exclude: [node3, node4]")
+    cluster.site("exclude: [node3, node4]", "continue_by: chain")
     job = cluster.submit("config.yaml", *options, slow, "--nodes", "1-2")
+    waiting = cluster.lab.sbatch(
+        f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--output=/dev/null", "--wrap=true"
+    )
     cluster.wait_for_training(1)
     submission = cluster.files().submission
     record = json.loads(submission.read_text())
     record["site"]["preflight"] |= {"enabled": True, "memory_gib": 0.01, "disk_gib": 0.01, "shared_memory_gib": 0.01}
     submission.write_text(json.dumps(record))
-    assert cluster.lab.run("scontrol", "requeue", str(job)).returncode == 0
-    cluster.wait_until_over(job)
+    assert cluster.lab.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    cluster.wait_until_over(waiting)
     assert cluster.outcome()["reason"] == "completed", cluster.log()
+    first, second = cluster.jobs()
+    assert (first.job, first.then, second.then) == (str(job), "chain", "end")
+    # what waited for the first job waited for the second one instead; the third one is not needed
+    assert cluster.lab.job(waiting)["JobState"] == "COMPLETED"
+    assert cluster.lab.run("squeue", "--noheader", "--all").stdout == ""
+    assert json.loads(submission.read_text())["job"] == second.job
     starts = [record for record in cluster.ledger() if record["kind"] == "start"]
     assert [(start["ranks"], start["job"]["nodes"]) for start in starts] == [(2, ["node1", unfit]), (1, ["node1"])]
     assert starts[1]["resumed_step"] > 0
