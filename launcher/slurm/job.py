@@ -2,7 +2,7 @@
 
 It looks at the nodes, prepares what ranks need, starts them on all nodes through the given srun, passes the scheduler's
 signal on to them, and in the end sees to it that the run goes on where it is to go on: in this allocation, in the same
-job requeued, or in the job that follows. `requeue.decide` says which.
+job requeued, or in the job that follows. `requeue.decide` says which, `aftermath` does it.
 """
 
 from __future__ import annotations
@@ -15,108 +15,32 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher import accelerate, local, start
 from launcher.run_directory import write_atomically
-from launcher.slurm import followers, scheduler
-from launcher.slurm.allocation import Allocation, free_port, read_allocation
-from launcher.slurm.cancel import was_cancelled
+from launcher.slurm import aftermath, followers, scheduler
+from launcher.slurm.allocation import free_port, read_allocation
 from launcher.slurm.container import contained
-from launcher.slurm.ending import Ending, ending_of, note_outcome
+from launcher.slurm.ending import Ending, ending_of
 from launcher.slurm.fitness import Fitness
-from launcher.slurm.history import Job, append_begin, append_end, read_jobs
+from launcher.slurm.history import append_begin, append_end, read_jobs
 from launcher.slurm.lead import Lead
-from launcher.slurm.requeue import End, GoOn, decide, exhausted
-from launcher.slurm.site import SiteConfig
-from launcher.slurm.submission import Submission, read_submission
+from launcher.slurm.requeue import End, GoOn, exhausted
+from launcher.slurm.submission import read_submission
+from launcher.slurm.work import Work, say
 from launcher.supervision import position
 from trainer import starts
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, read_run_config
-from trainer.config.schema import RunConfig
 from trainer.errors import SUPERVISED, ExitCode, LaunchError, TrimtabError
 from trainer.heartbeat import RELAUNCHED_VARIABLE
 from trainer.telemetry.books import JOB_VARIABLE
 
 AGAIN_SECONDS = 5.0
 """Ranks that are still being launched have no ears yet: a request to stop is repeated until they end."""
-
-GRACE_SECONDS = 60.0
-"""How long a requeued job waits to be ended by the scheduler."""
-
-CANCELLED = ("COMPLETING", "CANCELLED")
-"""A job that scancel is ending."""
-
-NODES_SECONDS = 15.0
-"""How long the scheduler may take to notice that a node is gone, when ranks died and nobody says why."""
-
-
-def say(text: str) -> None:
-    """Into the log of the job."""
-    print(f"trimtab: {text}", file=sys.stderr, flush=True)
-
-
-@dataclass(slots=True)
-class Work:
-    """A job at work on a run."""
-
-    files: RunFiles
-    config: RunConfig
-    submission: Submission
-    allocation: Allocation
-    command: Sequence[str]
-    """srun and what it starts on every node."""
-    requests: local.Requests
-    began: float
-    """Unix seconds from which the time of this start counts."""
-    fitness: Fitness
-    parts: dict[str, float] = field(default_factory=dict)
-    """What came before the ranks → its seconds."""
-    successor: str | None = None
-    """The job that follows, where jobs are chained."""
-
-    @property
-    def site(self) -> SiteConfig:
-        return self.submission.site
-
-    def limit(self) -> float | None:
-        """When the time of the job is up, in Unix seconds; None: there is no limit, or it is not known."""
-        # the scheduler warns by itself too
-        with contextlib.suppress(TrimtabError):
-            return scheduler.end_time(self.allocation.job)
-        return None
-
-    def was_cancelled(self) -> bool:
-        """Whether the user wants this run to end: by `trimtab cancel`, or by scancel."""
-        if was_cancelled(self.files, self.submission):
-            return True
-        place = self.allocation
-        state = None
-        with contextlib.suppress(TrimtabError):
-            state = scheduler.job(place.job) if self.requests.received is not None else None
-        if state is None or state.restarts != place.restart:  # requeued, it counts one more
-            return False
-        # preempted, it runs until its grace is over
-        return state.state in CANCELLED and "limit" not in state.reason.lower()
-
-    def jobs(self) -> list[Job]:
-        """Those of this submission."""
-        return [job for job in read_jobs(self.files) if job.submitted >= self.submission.submitted]
-
-    def record(self) -> Job:
-        """Of a start that begins now."""
-        place = self.allocation
-        return Job(
-            job=place.job,
-            restart=place.restart,
-            began=self.began,
-            nodes=place.nodes,
-            position=position(self.files),
-            submitted=self.submission.submitted,
-        )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -170,7 +94,7 @@ def _work(work: Work) -> int:
         ending = Ending("crashed", spent, ExitCode.CRASHED) if spent else _start(work, relaunched)
         over = time.time()
         job = replace(job, ended=over, reached=position(files), reason=ending.reason, why=ending.message)
-        then = End(spent) if spent else _decide(work, job, ending)
+        then = End(spent) if spent else aftermath.decide(work, job, ending)
         if isinstance(then, GoOn) and then.by == "here":
             append_end(files, replace(job, then="here"))
             say(f"{ending.message or ending.reason}: starting the ranks again in this allocation")
@@ -178,8 +102,8 @@ def _work(work: Work) -> int:
             work.began, work.parts = over, {}
             continue
         if isinstance(then, GoOn):
-            return _go_on(work, job, then)
-        return _end(work, job, ending, then)
+            return aftermath.go_on(work, job, then)
+        return aftermath.end(work, job, ending, then)
 
 
 def _start(work: Work, relaunched: dict[str, Any] | None) -> Ending:
@@ -282,93 +206,6 @@ class _Watch:
             self._asked_at = time.monotonic()
             local.send(srun, signal.SIGUSR1)
         return None
-
-
-def _decide(work: Work, job: Job, ending: Ending) -> GoOn | End:
-    well = ending.reason == "crashed" and work.requests.received is None and _nodes_are_well(work)
-    return decide(
-        [*work.jobs()[:-1], job],
-        time.time(),
-        work.site,
-        nodes_are_well=well,
-        restarts=work.config.supervision.restarts > 0,
-        cancelled=work.was_cancelled(),
-    )
-
-
-def _nodes_are_well(work: Work) -> bool:
-    """Whether the scheduler still has all nodes of the allocation; it is given time to notice that one is gone."""
-    deadline = time.monotonic() + NODES_SECONDS
-    while True:
-        try:
-            states = scheduler.node_states(work.allocation.nodes)
-        except TrimtabError as error:
-            say(f"the scheduler does not answer: {error}")
-            return False
-        gone = {node: state for node, state in states.items() if scheduler.is_gone(state)}
-        for node, state in gone.items():
-            work.fitness.bad[node] = f"{node} is {state}"
-        if gone or time.monotonic() > deadline:
-            return not gone
-        if work.requests.wait(1.0) is not None:
-            return False
-
-
-def _go_on(work: Work, job: Job, then: GoOn) -> int:
-    """Hand the run over to the next job: this one again, or one that depends on it."""
-    files, place = work.files, work.allocation
-    leave_out = work.fitness.left_out()
-    append_end(files, replace(job, then=then.by))
-    say(f"{job.why or job.reason}: the run goes on by {then.by} from step {job.reached}")
-    if then.by == "requeue":
-        try:
-            _requeue(place, leave_out)
-            work.requests.wait(GRACE_SECONDS)
-            return ExitCode.STOPPED
-        except TrimtabError as error:
-            say(f"{error}; submitting a job that follows this one instead")
-    if work.successor is None:
-        work.successor = followers.chain(work.submission, place.job, say)
-    scheduler.exclude(work.successor, leave_out)
-    followers.hand_over(place.job, work.successor, say)
-    return ExitCode.STOPPED
-
-
-def _requeue(place: Allocation, leave_out: Sequence[str]) -> None:
-    state = scheduler.job(place.job)
-    # the scheduler may have done it by itself; and a node that was cut off and is back must not take the job away from
-    # where it runs by now
-    if state is not None and state.restarts != place.restart:
-        say("the scheduler has requeued the job already")
-    else:
-        scheduler.requeue(place.job)
-        state = None
-    if leave_out and (state is None or not state.nodes):
-        # until the scheduler has ended this process the job is pending, and takes it
-        scheduler.exclude(place.job, leave_out)
-
-
-def _end(work: Work, job: Job, ending: Ending, then: End) -> int:
-    """The run does not go on by itself."""
-    files = work.files
-    code = ending.exit_code
-    if ending.reason != "superseded":
-        if work.successor is not None:
-            followers.end_chain(work.submission, work.allocation.job, work.successor)
-        if ending.reason == "completed" and not start.is_exported(files.root):
-            if start.export(files.root, requests=work.requests, contained=contained(work.submission)):
-                say(f"the run is complete, but was not exported; see above, then: trimtab export {files.root}")
-                code = ExitCode.CRASHED
-        elif then.why or ending.reason in ("crashed", "signal", "node"):
-            why = "; ".join(text for text in (ending.message, then.why) if text)
-            reason = "stopped" if ending.reason in ("signal", "node", "stopped") else ending.reason
-            note_outcome(files, reason, code, why)
-    why = "; ".join(dict.fromkeys(text for text in (ending.message, then.why) if text))
-    append_end(files, replace(job, ended=time.time(), then="end", why=why))
-    say(f"{ending.reason}: {why}" if why else ending.reason)
-    if code != ExitCode.COMPLETED and ending.reason != "superseded":
-        followers.cancel_after(files.root, f"{ending.reason}: {why}", say)
-    return code
 
 
 if __name__ == "__main__":
