@@ -181,8 +181,12 @@ def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, floa
     lab.power_off(cluster.jobs()[-1].nodes[-1])
     note("lost")
     cluster.wait_for_training(6)
-    lab.cut(cluster.jobs()[-1].nodes[-1])
+    old = cluster.ranks()
+    # the first node: there are rank 0, which writes, and what looks after the ranks
+    lab.cut(cluster.jobs()[-1].nodes[0])
     note("cut")
+    cluster.wait_for_training(7)
+    assert any(process.is_running() for process in old), "ranks that were cut off live on"
     struck = cluster.files().root / "faults.jsonl"
     cluster.wait(lambda: "start=7" in struck.read_text())
     warning = next(line for line in struck.read_text().splitlines() if "start=7" in line and "warn" in line)
