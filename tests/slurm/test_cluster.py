@@ -186,26 +186,6 @@ def test_cut_and_join(machines: Lab) -> None:
     machines.wait_for(answers)
 
 
-@pytest.mark.slow
-def test_jobs_of_lost_nodes_start_elsewhere(machines: Lab, tmp_path: Path) -> None:
-    path = script(tmp_path, BEATING)
-    cut, killed = (machines.sbatch("--nodes=1", "--exclusive", f"--chdir={tmp_path}", path) for _ in range(2))
-    machines.wait_for(lambda: lines(tmp_path / f"starts.{cut}") and lines(tmp_path / f"starts.{killed}"))
-    off, dead = machines.job(cut)["NodeList"], machines.job(killed)["NodeList"]
-    machines.cut(off)
-    machines.kill(dead)
-    beats = len(lines(tmp_path / f"beats.{killed}.{dead}"))
-    for job, node in ((cut, off), (killed, dead)):
-        machines.wait_for(lambda job=job: len(lines(tmp_path / f"starts.{job}")) == 2, 100)  # type: ignore[misc]
-        first, second = (line.split() for line in lines(tmp_path / f"starts.{job}"))
-        assert first == [node, "0"]
-        assert second[0] not in (off, dead)
-        assert second[1] == "1"
-    assert len(lines(tmp_path / f"beats.{killed}.{dead}")) == beats
-    machines.boot(off, dead)
-    assert {machines.states()[node] for node in (off, dead)} == {"idle"}
-
-
 def test_slurmd_alone_may_die(quick: Lab, tmp_path: Path) -> None:
     job = quick.sbatch("--nodes=1", f"--chdir={tmp_path}", script(tmp_path, BEATING))
     quick.wait_for(lambda: lines(tmp_path / f"starts.{job}"))
