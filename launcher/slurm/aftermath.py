@@ -37,21 +37,24 @@ def decide(work: Work, job: Job, ending: Ending) -> GoOn | End:
 
 
 def _nodes_are_well(work: Work) -> bool:
-    """Whether the scheduler still has all nodes of the allocation; it is given time to notice that one is gone."""
+    """Whether a process can be started on every node of the allocation. Where not, the scheduler is given time to
+    notice who is gone."""
+    if work.fitness.answers(NODES_SECONDS):
+        return True
     deadline = time.monotonic() + NODES_SECONDS
-    while True:
+    while time.monotonic() < deadline:
         try:
             states = scheduler.node_states(work.allocation.nodes)
         except TrimtabError as error:
             say(f"the scheduler does not answer: {error}")
             return False
-        gone = {node: state for node, state in states.items() if scheduler.is_gone(state)}
-        for node, state in gone.items():
-            work.fitness.bad[node] = f"{node} is {state}"
-        if gone or time.monotonic() > deadline:
-            return not gone
+        gone = {node: f"{node} is {state}" for node, state in states.items() if scheduler.is_gone(state)}
+        if gone:
+            work.fitness.bad.update(gone)
+            return False
         if work.requests.wait(1.0) is not None:
             return False
+    return False
 
 
 def go_on(work: Work, job: Job, then: GoOn) -> int:

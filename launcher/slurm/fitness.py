@@ -60,6 +60,11 @@ class Fitness:
             self._say(f"{number} of {len(left)} nodes are used: the global batch does not divide over more")
         return tuple(left[:number])
 
+    def answers(self, seconds: float) -> bool:
+        """Whether a process can be started, within so long, on every node that is used."""
+        nodes = self._left()
+        return len(nodes) == 1 or self._srun(nodes, ["true"], {}, seconds) == 0
+
     def why_not(self) -> str:
         """Why `choose` found none, in words."""
         if self.trouble:
