@@ -287,7 +287,8 @@ def require_startable(config: RunConfig) -> None:
     if cluster.nodes > 1:
         raise LaunchError(
             f"the config asks for {cluster.nodes} machines, and `trimtab run` starts this one only; "
-            "`trimtab prepare` shows the commands for each machine, cluster.nodes=1 runs it here"
+            "`trimtab submit` gives it to Slurm, `trimtab prepare` shows the commands for each machine, and "
+            "cluster.nodes=1 runs it here"
         )
     found = len(detect_resources().gpus)
     if cluster.device == "cuda" and found < cluster.ranks_per_node:
