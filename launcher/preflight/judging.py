@@ -46,7 +46,8 @@ class _Faults:
         self.trouble: list[str] = []
 
     def blame(self, node: str, clause: str) -> None:
-        self.of[node].append(f"{node}: {clause}")
+        """A node of which nothing was asked cannot be left out: that is trouble."""
+        self.of.get(node, self.trouble).append(f"{node}: {clause}")
 
     def add(self, faults: Mapping[str, str], among: Collection[str], *, shared: bool = False) -> None:
         """Faults of one kind, node → clause.
@@ -190,7 +191,7 @@ def _judge_meeting(reports: Mapping[str, Report | None], wanted: PreflightConfig
     faults.add(devices, meetings)
     _judge_presence(reports, meetings, faults)
     _judge_links(meetings, wanted, faults)
-    wrong = {node for meeting in meetings.values() for node in meeting.wrong if node in reports}
+    wrong = {node for meeting in meetings.values() for node in meeting.wrong}
     if len(wrong) == 1:
         faults.blame(wrong.pop(), "what it adds to a sum over all nodes comes out wrong")
     elif wrong:

@@ -143,8 +143,11 @@ AT_A_TIME = 2.0
 """Seconds of a step while something is to happen."""
 
 
-def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, float]]]:
+def befall(cluster: Cluster, *site: str, one_by_one: bool = True) -> tuple[int, list[tuple[str, int, float]]]:
     """Submits `small` on two nodes, and lets each of EVENTS befall a start of it, in turn.
+
+    Args:
+        one_by_one: else a start loses one of its nodes while the other is cut off.
 
     Returns:
         The job; and of each event its name, the start, and when it was, in Unix seconds.
@@ -154,11 +157,12 @@ def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, floa
     def note(what: str) -> None:
         happened.append((what, max(record["start"] for record in cluster.ledger()), time.time()))
 
-    slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, 7)]
-    faults = f'faults=[{", ".join(slow)}, "at(step=1, start=7).warn_while_saving()", '
+    last = 6 if one_by_one else 5
+    slow = [f'"at(step=1, start={start}).slow({AT_A_TIME}, steps=1000)"' for start in range(1, last + 1)]
+    faults = f'faults=[{", ".join(slow)}, "at(step=1, start={last + 1}).warn_while_saving()", '
     # the last save is at the end, and the last evaluation comes after it
-    faults += '"at(step=30, start=8).warn_while_saving()"]'
-    cluster.site("signal_seconds: 20", *site)
+    faults += f'"at(step=30, start={last + 2}).warn_while_saving()"]'
+    cluster.site("signal_seconds: 30", *site)
     options = (*SMALL, "checkpoint.every=1", faults)
     job = cluster.submit("config.yaml", *options, "--nodes", "2", "--ranks", "1", "--time", "1")
 
@@ -180,14 +184,16 @@ def befall(cluster: Cluster, *site: str) -> tuple[int, list[tuple[str, int, floa
     cluster.wait_for_training(5)
     lab.power_off(cluster.jobs()[-1].nodes[-1])
     note("lost")
-    cluster.wait_for_training(6)
+    if one_by_one:
+        cluster.wait_for_training(6)
     old = cluster.ranks()
     # the first node: there are rank 0, which writes, and what looks after the ranks
     lab.cut(cluster.jobs()[-1].nodes[0])
     note("cut")
-    cluster.wait_for_training(7)
+    after = 7 if one_by_one else 6
+    cluster.wait_for_training(after)
     assert any(process.is_running() for process in old), "ranks that were cut off live on"
     struck = cluster.files().root / "faults.jsonl"
-    cluster.wait(lambda: "start=7" in struck.read_text())
-    warning = next(line for line in struck.read_text().splitlines() if "start=7" in line and "warn" in line)
-    return job, [*happened, ("warned", 7, json.loads(warning)["time"])]
+    cluster.wait(lambda: "warn_while_saving" in struck.read_text())
+    warning = next(line for line in struck.read_text().splitlines() if "warn_while_saving" in line)
+    return job, [*happened, ("warned", after, json.loads(warning)["time"])]

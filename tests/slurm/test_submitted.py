@@ -25,8 +25,8 @@ def test_two_nodes_with_two_ranks_each_equal_four_local_ranks(cluster: Cluster) 
 
 
 def test_whatever_happens_to_it(cluster: Cluster, lab_with_machines: Lab, local: Workspace) -> None:
-    """In turn: the time limit, preemption, a requeue, a killed rank, a lost node, a cut one, a signal in a save."""
-    job, happened = befall(cluster)
+    """In turn: the time limit, preemption, a requeue, a killed rank, a lost node and a cut one, a signal in a save."""
+    job, happened = befall(cluster, one_by_one=False)
     assert [what for what, _, _ in happened] == list(EVENTS)
     cluster.wait_until_over(job)
     assert cluster.outcome()["reason"] == "completed", cluster.log()
@@ -36,10 +36,9 @@ def test_whatever_happens_to_it(cluster: Cluster, lab_with_machines: Lab, local:
     starts = {record["start"]: record for record in cluster.ledger() if record["kind"] == "start"}
     nodes = [starts[start]["job"]["nodes"] for start in sorted(starts)]
     assert [job.then for job in jobs if job.reason == "crashed"].count("here") == 1
-    lost, cut = nodes[4][-1], nodes[5][0]
-    assert lost not in nodes[5]
-    assert cut not in nodes[6]
+    # one node of the fifth start was lost, the other cut off
+    assert set(nodes[4]).isdisjoint(nodes[5])
     # warned in a save, that was finished; warned in the last one, the last evaluation was left to another start
-    assert len(starts) == 9
+    assert len(starts) == 8
     assert [job.reached for job in jobs][-2:] == [30, 30]
     assert "asked to stop: the evaluation at step 30 is given up" in cluster.log()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +25,6 @@ from trainer.data.changes import check_unchanged
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.errors import DataError, ExitCode, RunDirectoryError, TrimtabError
-from trainer.model.describe import describe
 from trainer.records import ModelFacts
 
 
@@ -48,11 +49,51 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     # both splits must be readable at this length before any rank starts
     for split in ("train", "held_out"):
         prepared.samples(split, config.data.sequence_length, config.data.boundaries)
-    facts = describe(config, prepared.vocabulary)
-    note = {"path": str(prepared.path), "fingerprint": prepared.fingerprint, "report": prepared.report}
+    described = _description(config, prepared.vocabulary)
+    facts = _facts_before(files, described)
+    if facts is None:
+        # takes seconds to import, which a run that goes on need not wait for
+        from trainer.model.describe import describe
+
+        facts = describe(config, prepared.vocabulary)
+    note = {
+        "path": str(prepared.path),
+        "fingerprint": prepared.fingerprint,
+        "report": prepared.report,
+        "described": described,
+    }
     write_whole(files.data, json.dumps(note, indent=1))
     write_whole(files.model, facts_to_json(facts))
     return prepared, facts
+
+
+def _description(config: RunConfig, vocabulary: int) -> str | None:
+    """Digest of all that the facts of a model follow from; None: of files elsewhere too, which may have changed."""
+    if config.model.pretrained is not None:
+        return None
+    # what weight decay acts on is among the facts
+    parts = [config.model.model_dump(), config.optim.model_dump(), config.objective.model_dump()]
+    lengths = [
+        config.data.sequence_length,
+        config.data.boundaries,
+        vocabulary,
+        version("transformers"),
+        version("torch"),
+    ]
+    text = json.dumps([*parts, *lengths], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _facts_before(files: RunFiles, described: str | None) -> ModelFacts | None:
+    """The facts that an earlier start noted, where nothing has changed that they follow from."""
+    if described is None:
+        return None
+    try:
+        if json.loads(files.data.read_text())["described"] != described:
+            return None
+        return facts_from_json(files.model.read_text())
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def open_run(files: RunFiles, config: RunConfig) -> tuple[Prepared, ModelFacts]:
