@@ -3,6 +3,7 @@
 A child says on a pipe that it is ready; the end of the pipe says that it is gone.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -101,13 +102,20 @@ here_it_stands()
 """
 
 
+def ask_for_stacks(process: subprocess.Popen[str]) -> str:
+    """What it prints until its end. It is asked until it ends: asked before it stands still, it would do so afterwards."""
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    return process.communicate()[0]
+
+
 def test_stacks_of_a_rank_that_holds_pythons_lock_reach_the_launcher(tmp_path: Path) -> None:
     prepare_beats(tmp_path, 1)
-    # pause() returns after the handler: the pipe's end says that all is written
     process = start(STUCK, **{FOLDER_VARIABLE: str(tmp_path)})
     assert line_of(process) == "ready"
-    process.send_signal(signal.SIGUSR2)
-    assert process.communicate()[0] == ""
+    assert ask_for_stacks(process) == ""
     assert process.returncode == 0
     assert "in here_it_stands" in stacks_path(tmp_path, 0).read_text()
 
@@ -115,8 +123,7 @@ def test_stacks_of_a_rank_that_holds_pythons_lock_reach_the_launcher(tmp_path: P
 def test_stacks_without_a_launcher_go_to_stderr() -> None:
     process = start(STUCK)
     assert line_of(process) == "ready"
-    process.send_signal(signal.SIGUSR2)
-    assert "in here_it_stands" in process.communicate()[0]
+    assert "in here_it_stands" in ask_for_stacks(process)
 
 
 def test_a_launcher_that_is_gone_is_said(tmp_path: Path) -> None:
