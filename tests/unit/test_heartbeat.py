@@ -103,7 +103,7 @@ here_it_stands()
 
 
 def ask_for_stacks(process: subprocess.Popen[str]) -> str:
-    """What it prints until its end. It is asked until it ends: asked before it stands still, it would do so afterwards."""
+    """What it prints until its end. Asked before it stands still, it does so afterwards: it is asked until it ends."""
     while process.poll() is None:
         process.send_signal(signal.SIGUSR2)
         with contextlib.suppress(subprocess.TimeoutExpired):
