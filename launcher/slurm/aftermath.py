@@ -86,8 +86,9 @@ def _requeue(place: Allocation, leave_out: Sequence[str]) -> None:
     else:
         scheduler.requeue(place.job)
         state = None
-    if leave_out and (state is None or not state.nodes):
-        # until the scheduler has ended this process the job is pending, and takes it
+    if state is None or not state.nodes:
+        # until the scheduler has ended this process the job is pending, and takes it; what was left out before and is
+        # well again no longer counts
         scheduler.exclude(place.job, leave_out)
 
 

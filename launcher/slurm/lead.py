@@ -10,8 +10,8 @@ from trainer.telemetry.ledger import last_record
 MARGIN_SECONDS = 15.0
 """For ending in order: the last messages, the end of the processes, the requeue."""
 
-LOOK_SECONDS = 20.0
-"""Time between two looks into the ledger, and two questions about the limit."""
+LOOK_SECONDS = 60.0
+"""Time between two looks into the ledger, and two questions about the limit: a site has many jobs and one scheduler."""
 
 
 class Lead:
