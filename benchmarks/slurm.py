@@ -103,10 +103,9 @@ def measure(lab: Lab, folder: Path, seconds_up: float) -> str:
         again = before - starts[after]["resumed_step"]
         nodes = ", ".join(starts[after]["job"]["nodes"])
         lines.append(f"| {EVENTS[what]} | {first[after]['time'] - when:.1f} | on {nodes} | {again} |")
-    parts = ", ".join(
-        f"{name} {seconds:.0f} s" for name, seconds in goodput.items() if isinstance(seconds, float) and name != "time"
-    )
-    lines += ["", f"Where its time went, as the ledger has it: {parts}.", ""]
+    parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.0f} s" for name, seconds in goodput["parts"].items())
+    whole = f"allocated {goodput['allocated']:.0f} s, of it {parts}"
+    lines += ["", f"Where its time went, as the ledger has it (steps are slowed to 2 s on purpose): {whole}.", ""]
     return "\n".join(lines)
 
 
