@@ -6,12 +6,12 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
 from launcher.slurm.texts import WRONG, Mount, Option, SignalSeconds, Time
-from trainer.config import yamltext
+from trainer.config.load import read_mapping
 from trainer.config.options import walk
 from trainer.config.problems import describe, sentence
 from trainer.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section
@@ -138,7 +138,7 @@ def load_site(path: Path | None) -> SiteConfig:
     found = site_path(path)
     if found is None:
         return SiteConfig()
-    data = _read(found)
+    data = read_mapping(found, may_be_empty=True)
     try:
         # JSON is where pydantic's strict mode takes a list for a tuple.
         return SiteConfig.model_validate_json(json.dumps(data))
@@ -146,25 +146,6 @@ def load_site(path: Path | None) -> SiteConfig:
         # a value that may be of several types has an error for each of them
         problems = dict(_problem(item) for item in error.errors())
         raise ConfigError(list(problems.items()), str(found)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yamltext.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError([("", "there is no such file")], str(path)) from None
-    except OSError as error:
-        raise ConfigError([("", f"it cannot be read: {error.strerror}")], str(path)) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([("", f"it is not text in UTF-8 (byte {error.start})")], str(path)) from None
-    except yamltext.YamlError as error:
-        raise ConfigError([("", str(error))], str(path)) from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        text = f"it must be a mapping of options (`name: value`), but is {describe(data)}"
-        raise ConfigError([("", text)], str(path))
-    return data
 
 
 def _problem(error: ErrorDetails) -> tuple[str, str]:

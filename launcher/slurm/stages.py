@@ -22,7 +22,7 @@ from launcher.slurm.sweep import Sweep, read_points, read_sweep
 from launcher.start import Request, read_request
 from trainer.config import yamltext
 from trainer.config.files import RunFiles
-from trainer.config.load import load_config
+from trainer.config.load import load_config, read_mapping
 from trainer.config.problems import describe, sentence
 from trainer.config.schema import PositiveInt, Section
 from trainer.errors import ConfigError, RunDirectoryError, TrimtabError
@@ -158,21 +158,13 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 def _validated(path: Path) -> PipelineConfig:
     try:
-        data = yamltext.parse(path.read_text(encoding="utf-8"))
+        data = read_mapping(path)
         return PipelineConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
         # stages that are there and are all wrong are none to pydantic
         errors = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         found = [(".".join(map(str, item["loc"])), _sentence(item)) for item in errors]
         raise ConfigError(found, str(path)) from None
-    except FileNotFoundError:
-        raise ConfigError([("", "there is no such file")], str(path)) from None
-    except OSError as error:
-        raise ConfigError([("", f"it cannot be read: {error.strerror}")], str(path)) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([("", f"it is not text in UTF-8 (byte {error.start})")], str(path)) from None
-    except yamltext.YamlError as error:
-        raise ConfigError([("", str(error))], str(path)) from None
 
 
 def _sentence(error: ErrorDetails) -> str:

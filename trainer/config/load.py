@@ -36,7 +36,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every problem of the file and of the overrides.
     """
-    data = _read(path)
+    data = read_mapping(path)
     _make_paths_absolute(data, path.absolute().parent)
     problems: list[Problem] = []
     for override in overrides:
@@ -59,7 +59,7 @@ def read_run_config(run: Path) -> RunConfig:
     path = run / CONFIG_FILE
     if not path.is_file():
         raise RunDirectoryError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
-    return _validated(_read(path), str(path), [])
+    return _validated(read_mapping(path), str(path), [])
 
 
 def dump_config(config: RunConfig) -> str:
@@ -67,7 +67,13 @@ def dump_config(config: RunConfig) -> str:
     return yamltext.dump(config.model_dump())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """The options in a YAML file, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+
     def refuse(text: str) -> ConfigError:
         return ConfigError([("", text)], str(path))
 
@@ -86,6 +92,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise refuse(f"it is not text in UTF-8 (byte {error.start})") from None
     except yamltext.YamlError as error:
         raise refuse(str(error)) from None
+    if data is None and may_be_empty:
+        return {}
     if not isinstance(data, dict):
         raise refuse(f"it must be a mapping of options (`name: value`), but is {describe(data)}")
     return data

@@ -209,7 +209,9 @@ def test_options_of_the_file_have_sentences_too(ground: Ground) -> None:
         ("stages.1.from", "must be text, but is a group of options"),
     ]
     assert problems(ground.write()) == [("stages", "must have at least 1 element, but has none")]
-    assert problems(ground.folder / "none.yaml") == [("", "there is no such file")]
+    assert problems(ground.folder / "none.yaml") == [
+        ("", f"there is no such file; did you mean {ground.folder / 'more.yaml'}?")
+    ]
     path.write_text("a: [")
     assert problems(path)[0][1].startswith("line 1")
 
