@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from launcher.run_directory import write_atomically
-from trainer.config.schema import NonNegativeFloat, NonNegativeInt, Section
+from trainer.config.section import NonNegativeFloat, NonNegativeInt, Section
 
 SHARE_OF_JOINING = 0.5
 """Of the time for all: by then a node must have come to the meeting, and sooner where the others were quicker."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from launcher.run_directory import write_atomically
-from trainer.config.schema import NonNegativeFloat, Section
+from trainer.config.section import NonNegativeFloat, Section
 from trainer.errors import LaunchError, RunDirectoryError
 
 FOLDER = ".excluded"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from launcher.run_directory import LOCK_FILE, write_atomically
 from launcher.slurm.submission import read_submission
 from launcher.start import completed_before
-from trainer.config.schema import Section
+from trainer.config.section import Section
 from trainer.errors import RunDirectoryError
 
 Say = Callable[[str], None]

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from trainer.config import yamltext
-from trainer.config.schema import Section
+from trainer.config.section import Section
 from trainer.errors import ConfigError
 
 Problem = tuple[str, str]

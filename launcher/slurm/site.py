@@ -14,7 +14,7 @@ from launcher.slurm.texts import WRONG, Mount, Option, SignalSeconds, Time
 from trainer.config.load import read_mapping
 from trainer.config.options import walk
 from trainer.config.problems import describe, sentence
-from trainer.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from trainer.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:

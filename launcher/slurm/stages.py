@@ -24,7 +24,7 @@ from trainer.config import yamltext
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config, read_mapping
 from trainer.config.problems import describe, sentence
-from trainer.config.schema import PositiveInt, Section
+from trainer.config.section import PositiveInt, Section
 from trainer.errors import ConfigError, RunDirectoryError, TrimtabError
 
 if TYPE_CHECKING:

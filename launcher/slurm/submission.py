@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from launcher.run_directory import write_atomically
 from launcher.slurm.site import SiteConfig
 from trainer.config.files import RunFiles
-from trainer.config.schema import PositiveInt, Section
+from trainer.config.section import PositiveInt, Section
 from trainer.errors import RunDirectoryError
 
 

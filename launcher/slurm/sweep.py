@@ -17,7 +17,7 @@ from launcher.slurm.points import Axis, Point, Problem, as_yaml, points_of, read
 from launcher.start import Request, read_request
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config
-from trainer.config.schema import Section
+from trainer.config.section import Section
 from trainer.errors import ConfigError, LaunchError, RunDirectoryError
 
 Say = Callable[[str], None]

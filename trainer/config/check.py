@@ -11,7 +11,8 @@ from functools import reduce
 from typing import Any
 
 from trainer.config.resolve import Device, Precision, arithmetic
-from trainer.config.schema import RunConfig, Section, SourceConfig
+from trainer.config.schema import RunConfig, SourceConfig
+from trainer.config.section import Section
 from trainer.errors import ConfigError
 
 Problem = tuple[str, str]

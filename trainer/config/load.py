@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.config import yamltext
+from trainer.config.distill import CacheConfig
 from trainer.config.options import element_of, is_open, section_of, unknown
 from trainer.config.problems import describe, sentence
 from trainer.config.schema import DataConfig, RunConfig
@@ -176,6 +177,7 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
         _make_reference_absolute(source, "hub", folder)
     _make_reference_absolute(group(group(data, "data"), "tokenizer"), "path", folder)
     _make_reference_absolute(group(data, "model"), "pretrained", folder)
+    _make_reference_absolute(group(group(data, "distill"), "teacher"), "pretrained", folder)
 
 
 def _make_reference_absolute(group: Any, name: str, folder: Path) -> None:
@@ -189,7 +191,11 @@ def _make_reference_absolute(group: Any, name: str, folder: Path) -> None:
 
 def _make_folders_absolute(data: dict[str, Any]) -> None:
     """Folders that are written to are relative to the working directory, in the file and by default too."""
-    for group, section, name in ((data, RunConfig, "runs"), (data.get("data"), DataConfig, "prepared")):
+    if isinstance(distill := data.get("distill"), dict):
+        distill.setdefault("cache", {})
+    folders = [(data, RunConfig, "runs"), (data.get("data"), DataConfig, "prepared")]
+    folders += [(distill["cache"], CacheConfig, "folder")] if isinstance(distill, dict) else []
+    for group, section, name in folders:
         if isinstance(group, dict) and isinstance(value := group.get(name, section.model_fields[name].default), str):
             group[name] = _absolute(value, Path.cwd())
 

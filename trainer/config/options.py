@@ -11,7 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from trainer.config.schema import RunConfig, Section
+from trainer.config.schema import RunConfig
+from trainer.config.section import Section
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A group of options: unknown names are refused, values never change, types are not guessed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from trainer.config.distill import DistillConfig
+from trainer.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class SourceConfig(Section):
@@ -41,6 +32,10 @@ class SourceConfig(Section):
     """Column of a record that holds the text (jsonl, csv, parquet, hub). Default: `text`."""
     template: str | None = None
     """Jinja2 template that makes the text from a record, instead of `column`: `"{{ title }}\\n\\n{{ body }}"`."""
+    label: str | None = None
+    """Column that holds the class of a record, a name or a whole number (classification)."""
+    use: Literal["both", "train", "held_out"] = "both"
+    """`both`: `data.held_out` of the documents are kept for evaluation; `train`, `held_out`: none or all of them."""
     weight: PositiveFloat = 1.0
     """How often each sample of this source is seen in one epoch: 2 is twice, 0.5 is one half in each epoch (another
     half in the next)."""
@@ -118,13 +113,17 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Any causal or masked language model of transformers. Exactly one of `config` and `pretrained`."""
+    """Any causal or masked language model, or classifier of sequences, of transformers. Exactly one of `config` and
+    `pretrained`."""
 
     config: dict[str, Any] | None = None
     """From scratch: fields of the transformers configuration, `model_type` among them. `vocab_size` is taken from
     the tokenizer where it is not given."""
     pretrained: str | None = None
-    """Directory, hub id, or path to a .gguf file."""
+    """Directory, hub id, path to a .gguf file, or `package:NAME/PATH`, a file or folder of an installed package."""
+    layers: str | None = None
+    """With `pretrained`: keep only these of its layers: numbers from 0 (`"0, 5, 11"`), `first:N`, `last:N`, `every:K`
+    (the first and each K-th after it), `spread:N` (N of them evenly, the first and the last among them). None: all."""
     overrides: dict[str, Any] = {}
     """With `pretrained`: configuration fields to change (dropout, attention soft-capping, …)."""
     initialisation: Literal["default", "residual-scaled"] = "default"
@@ -141,8 +140,8 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    kind: Literal["causal", "masked"] = "causal"
-    """Next token, or masked tokens."""
+    kind: Literal["causal", "masked", "classification"] = "causal"
+    """Next token, masked tokens, or the class of a whole text (`data.sources.0.label`)."""
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Masked objective: fraction of each sample's tokens that are predicted (80 % masked, 10 % random, 10 % kept)."""
     z_loss: NonNegativeFloat = 0.0
@@ -346,8 +345,8 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the run and, under `runs`, of its directory."""
-    stage: Literal["pretrain"] = "pretrain"
-    """What kind of run it is."""
+    stage: Literal["pretrain", "finetune", "distill"] = "pretrain"
+    """What kind of run it is: `finetune` begins with `model.pretrained`, `distill` learns from `distill.teacher`."""
     seed: NonNegativeInt = 0
     """Seed of everything: initialisation, data order, dropout, masking."""
     runs: str = "runs"
@@ -360,6 +359,8 @@ class RunConfig(Section):
     """Model."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Objective."""
+    distill: DistillConfig | None = None
+    """Distillation."""
     batch: BatchConfig
     """Batch."""
     optim: OptimConfig
