@@ -20,6 +20,7 @@ from trainer.config.distill import CacheConfig
 from trainer.config.options import element_of, is_open, section_of, unknown
 from trainer.config.problems import describe, sentence
 from trainer.config.schema import DataConfig, RunConfig
+from trainer.config.section import Section
 from trainer.errors import ConfigError, RunDirectoryError
 
 CONFIG_FILE = "config.yaml"
@@ -193,7 +194,10 @@ def _make_folders_absolute(data: dict[str, Any]) -> None:
     """Folders that are written to are relative to the working directory, in the file and by default too."""
     if isinstance(distill := data.get("distill"), dict):
         distill.setdefault("cache", {})
-    folders = [(data, RunConfig, "runs"), (data.get("data"), DataConfig, "prepared")]
+    folders: list[tuple[Any, type[Section], str]] = [
+        (data, RunConfig, "runs"),
+        (data.get("data"), DataConfig, "prepared"),
+    ]
     folders += [(distill["cache"], CacheConfig, "folder")] if isinstance(distill, dict) else []
     for group, section, name in folders:
         if isinstance(group, dict) and isinstance(value := group.get(name, section.model_fields[name].default), str):
