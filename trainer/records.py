@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ class Batch:
 
     `micro_batches` holds one dict of arrays a micro-batch, each array [micro_batch, sequence_length] (int64):
     `input_ids`, `labels` (−100 where there is nothing to predict), and where the config asks for them `position_ids`
-    and `attention_mask`. Labels are already shifted: `labels[t]` is the target of the logits at `t`.
+    and `attention_mask`. Labels are already shifted: `labels[t]` is the target of the logits at `t`. A teacher's
+    annotations stand beside them, each [micro_batch, …] of a type of its own.
     """
 
     batch_index: int
@@ -38,7 +40,7 @@ class Batch:
     """Ids of the samples of the *global* batch, [global_batch], in the order of the data."""
     num_targets: int
     """Predicted tokens in the *global* batch: the denominator of its loss, known to every rank without a message."""
-    micro_batches: tuple[dict[str, NDArray[np.int64]], ...]
+    micro_batches: tuple[dict[str, NDArray[Any]], ...]
     seconds_waiting: float = 0.0
     """Time that the consumer waited for this batch."""
 

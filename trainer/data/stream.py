@@ -7,8 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config.schema import ObjectiveConfig
 from trainer.data.masking import Masking
@@ -18,6 +20,9 @@ from trainer.errors import ConfigError, WorkerDiedError
 from trainer.records import Batch, IntArray
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+
+Annotate = Callable[[IntArray, dict[str, IntArray]], dict[str, NDArray[Any]]]
+"""From ids [n] and arrays [n, …] of samples to further arrays [n, …] of them."""
 
 
 class Reader:
@@ -64,6 +69,7 @@ class Stream:
         quarantine: Quarantine | None = None,
         prefetch: int = 2,
         reading: Callable[[int], None] = lambda _: None,
+        annotate: Annotate | None = None,
     ):
         """
         Args:
@@ -71,6 +77,8 @@ class Stream:
             next_batch: index of the first batch; where it is in quarantine, the next allowed one.
             prefetch: batches read ahead. 0: each is read when it is asked for.
             reading: called with the index of a batch in the thread that is about to read it; what it raises ends it.
+            annotate: called in that thread with what the objective's arrays are, before they are cut into
+                micro-batches; what it returns is put beside them.
         """
         assert batch % (micro * ranks) == 0
         assert order.sizes == samples.sizes
@@ -78,7 +86,7 @@ class Stream:
         self._order = order
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
-        self._prefetch, self._reading = prefetch, reading
+        self._prefetch, self._reading, self._annotate = prefetch, reading, annotate
         self._ahead: _Ahead | None = None
         self.seek(next_batch)
 
@@ -139,7 +147,10 @@ class Stream:
         positions = np.arange(index * self._batch, (index + 1) * self._batch)
         # [accumulation, ranks, micro]: this rank's column
         mine = positions.reshape(-1, self._ranks, self._micro)[:, self._rank] - positions[0]
-        arrays = self._reader.fetch(ids[mine.ravel()], positions[mine.ravel()])
+        own = ids[mine.ravel()]
+        arrays: dict[str, NDArray[Any]] = {**self._reader.fetch(own, positions[mine.ravel()])}
+        if self._annotate:
+            arrays |= self._annotate(own, arrays)
         return Batch(
             batch_index=index,
             epoch=self._order.epoch_of(int(positions[0])),

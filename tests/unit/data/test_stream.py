@@ -137,3 +137,27 @@ def test_evaluation_sees_each_sample_once(make_samples, objective, ranks, micro,
     whole = list(evaluation_batches(samples, micro=1, rank=0, ranks=1, max_samples=limit, objective=objective, seed=1))
     assert used == sorted(tuple(arrays["labels"][0]) for arrays in whole)
     assert len(used) == min(len(samples), limit or len(samples))
+
+
+def test_what_is_known_of_the_samples_travels_with_them(make_samples, open_stream):
+    samples = make_samples([100, 30, 77])
+
+    def annotate(ids, arrays):
+        assert arrays.keys() == {"input_ids", "labels", "position_ids", "attention_mask"}
+        assert np.array_equal(arrays["input_ids"], samples.fetch(ids)["input_ids"])
+        return {"share": np.repeat(ids[:, None, None].astype(np.float32), 3, axis=2) / 2}
+
+    for ranks, micro, prefetch in [(1, 8, 0), (2, 1, 2), (2, 2, 1)]:
+        for rank in range(ranks):
+            stream = open_stream(
+                samples, ranks=ranks, rank=rank, micro=micro, prefetch=prefetch, annotate=annotate, batch=8
+            )
+            for batch in [*islice(stream, 4), stream.read(2)]:
+                expected = batch.samples.reshape(-1, ranks, micro)[:, rank]
+                found = [arrays["share"] for arrays in batch.micro_batches]
+                assert all(array.dtype == np.float32 and array.shape == (micro, 1, 3) for array in found)
+                assert np.array_equal(np.array(found)[:, :, 0, 0] * 2, expected)
+                plain = samples.fetch(expected.ravel())
+                for place, arrays in enumerate(batch.micro_batches):
+                    rows = slice(place * micro, (place + 1) * micro)
+                    assert np.array_equal(arrays["input_ids"], plain["input_ids"][rows])
