@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.attention import find_attention
 from trainer.engine.gradients import Shards
 from trainer.records import FloatArray
 
@@ -42,24 +43,12 @@ def compare_weights(shards: Shards, before: Sequence[Tensor], num_parameters: in
         return WeightStats(weights, np.where(weights > 0, updates / weights, np.nan))
 
 
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """One layer's attention: the modules whose outputs hold queries and keys."""
-
-    query: nn.Module
-    key: nn.Module
-    head_size: int
-    fused: bool = False
-    """One module gives queries, keys and values side by side."""
-
-
 class LogitProbe:
     """Bounds of the attention logits and the largest output logit, from hooks that are there while armed.
 
     The logit of a query q and a key k is q·k/√d ≤ ‖q‖·‖k‖/√d (Cauchy–Schwarz), and a rotary embedding changes no norm;
     so max‖q‖·max‖k‖/√d over all positions and heads bounds a layer's logits whatever the attention kernel, which
-    keeps them to itself. Models are recognised by the names of their modules (Llama-like with or without query
-    and key norms, GPT-2, BERT); in others nothing is found.
+    keeps them to itself. Models are recognised as in :mod:`trainer.attention`; in others nothing is found.
     """
 
     def __init__(self, module: nn.Module, device: torch.device):
@@ -85,7 +74,7 @@ class LogitProbe:
         self._output.zero_()
         handles = []
         for index, layer in enumerate(self._layers):
-            if layer.fused:
+            if layer.packing != "apart":
                 handles.append(layer.query.register_forward_hook(self._hook(index, None)))
             else:
                 handles.append(layer.query.register_forward_hook(self._hook(index, 0)))
@@ -121,7 +110,7 @@ class LogitProbe:
         @torch.no_grad()
         def see(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if which is None:
-                query, key, _ = output.detach().chunk(3, dim=-1)
+                query, key, _ = self._layers[layer].split(output.detach())
                 self._see(layer, 0, query)
                 self._see(layer, 1, key)
             else:
@@ -133,24 +122,3 @@ class LogitProbe:
         heads = states.reshape(-1, self._layers[layer].head_size)
         largest = torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32).amax()
         self._largest[layer, which] = torch.maximum(self._largest[layer, which], largest)
-
-
-def find_attention(model: nn.Module) -> list[_Attention]:
-    """The attention layers of a transformers model, in order; empty where they are not recognised."""
-    config = getattr(model, "config", None)
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    usual = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None)
-    layers = []
-    for module in model.modules():
-        size = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or usual
-        if not isinstance(size, int):
-            continue
-        children = dict(module.named_children())
-        for query, key in (("q_norm", "k_norm"), ("q_proj", "k_proj"), ("query", "key")):
-            if query in children and key in children:
-                layers.append(_Attention(children[query], children[key], size))
-                break
-        else:
-            if "c_attn" in children and not getattr(module, "is_cross_attention", False) and "q_attn" not in children:
-                layers.append(_Attention(children["c_attn"], children["c_attn"], size, fused=True))
-    return layers
