@@ -1,7 +1,8 @@
 """From YAML and `a.b=c` overrides to a `RunConfig`, and back. Everything that is wrong is said at once, with its path.
 
 Paths in the file are relative to the file; paths in overrides are relative to the working directory, as a shell
-completes them. The loaded config holds absolute paths only, so its dump runs the same from anywhere.
+completes them. The loaded config holds absolute paths only, those of `package:` references too, so its dump runs the
+same from anywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config import yamltext
+from trainer.config import packages, yamltext
 from trainer.config.distill import CacheConfig
 from trainer.config.options import element_of, is_open, section_of, unknown
 from trainer.config.problems import describe, sentence
@@ -48,6 +49,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(error.problem)
     _make_paths_absolute(data, Path.cwd())
     _make_folders_absolute(data)
+    problems += packages.resolve_all(data)
     return _validated(data, str(path), problems)
 
 
@@ -174,7 +176,10 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
     for source in sources if isinstance(sources, list) else []:
         files = group(source, "files")
         if isinstance(files, list):
-            source["files"] = [_absolute(file, folder) if isinstance(file, str) else file for file in files]
+            source["files"] = [
+                _absolute(file, folder) if isinstance(file, str) and not packages.is_reference(file) else file
+                for file in files
+            ]
         _make_reference_absolute(source, "hub", folder)
     _make_reference_absolute(group(group(data, "data"), "tokenizer"), "path", folder)
     _make_reference_absolute(group(data, "model"), "pretrained", folder)
@@ -184,7 +189,7 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
 def _make_reference_absolute(group: Any, name: str, folder: Path) -> None:
     """A path where there is one, or where it is written like one (`./x`, `~/x`); else a hub id, left alone."""
     value = group.get(name) if isinstance(group, dict) else None
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or packages.is_reference(value):
         return
     if value.startswith(("./", "../", "~")) or value.endswith((".gguf", ".json")) or (folder / value).exists():
         group[name] = _absolute(value, folder)

@@ -87,7 +87,9 @@ def nearest(path: str) -> str | None:
     generic = ".".join("0" if part.isdigit() else part for part in parts)
     parent, _, name = generic.rpartition(".")
     siblings = {option.name: option for option in options() if option.parent == parent}
-    if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
+    # two letters the wrong way round: `rl` is closer to `lr` than to `url`, which difflib does not see
+    swapped = [sibling for sibling in siblings if sorted(sibling) == sorted(name)]
+    if close := swapped or difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
         return ".".join([*parts[:-1], close[0]])
     by_name: dict[str, str] = {}
     for option in options():

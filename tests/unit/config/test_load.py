@@ -77,7 +77,12 @@ def with_text(minimal: Path, old: str, new: str) -> Path:
             "schedule.kind",
             "must be one of 'cosine', 'linear', 'wsd' or 'constant', but is the text 'cos'",
         ),
-        ("name: small", "name: small\nstage: x", "stage", "must be 'pretrain', but is the text 'x'"),
+        (
+            "name: small",
+            "name: small\nstage: x",
+            "stage",
+            "must be one of 'pretrain', 'finetune' or 'distill', but is the text 'x'",
+        ),
         ("name: small", "name: 3", "name", "must be text, but is 3"),
         ("name: small", "name: ''", "name", "must have at least 1 character, but has none"),
         ("name: small", f"name: {'x' * 101}", "name", "must have at most 100 characters, but has 101"),
