@@ -42,9 +42,9 @@ def contestant(
     from trainer.model.describe import describe
     from trainer.saving import NoSaving
     from trainer.stages.build import Setting
-    from trainer.stages.pretrain import Pretraining
+    from trainer.stages.training import Training
     from trainer.stop import StopRequest
-    from trainer.telemetry.recorder import NoTelemetry
+    from trainer.telemetry.silent import NoTelemetry
 
     changes: dict[str, Any] = {"name": f"{config.name}-{'all' if everything else 'off'}"}
     if not everything:
@@ -56,7 +56,7 @@ def contestant(
     setting = Setting(
         RunFiles(run), config, ranks, "cpu", "fp32", prepared, describe(config, prepared.vocabulary), StopRequest()
     )
-    stage = Pretraining(setting)
+    stage = Training(setting)
     whole = stack.enter_context(stage.parts())
     if not everything:
         whole = dataclasses.replace(whole, telemetry=NoTelemetry())

@@ -85,13 +85,13 @@ class Contest:
         from trainer.model.describe import describe
         from trainer.saving import NoSaving
         from trainer.stages.build import Setting
-        from trainer.stages.pretrain import Pretraining
+        from trainer.stages.training import Training
         from trainer.stop import StopRequest
 
         run = folder / config.name
         run.mkdir(exist_ok=True)
         facts = describe(config, prepared.vocabulary)
-        self.stage = Pretraining(Setting(RunFiles(run), config, ranks, "cpu", "fp32", prepared, facts, StopRequest()))
+        self.stage = Training(Setting(RunFiles(run), config, ranks, "cpu", "fp32", prepared, facts, StopRequest()))
         parts = stack.enter_context(self.stage.parts())
         self.saver = parts.saver
         self.parts = dataclasses.replace(parts, evaluate=lambda _: float("nan"), saver=NoSaving())

@@ -78,7 +78,7 @@ def ours(config: Any, ranks: Any, prepared: Any, folder: Path, stack: contextlib
     from trainer.model.describe import describe
     from trainer.saving import NoSaving
     from trainer.stages.build import Setting
-    from trainer.stages.pretrain import Pretraining
+    from trainer.stages.training import Training
     from trainer.stop import StopRequest
 
     run = folder / config.name
@@ -86,7 +86,7 @@ def ours(config: Any, ranks: Any, prepared: Any, folder: Path, stack: contextlib
     setting = Setting(
         RunFiles(run), config, ranks, "cpu", "fp32", prepared, describe(config, prepared.vocabulary), StopRequest()
     )
-    stage = Pretraining(setting)
+    stage = Training(setting)
     whole = stack.enter_context(stage.parts())
 
     def block() -> float:

@@ -106,7 +106,7 @@ def _start(place: Place) -> int:
     from trainer.faults.parse import parse_faults
     from trainer.stages.build import Setting
     from trainer.stages.prepare import open_run, prepare_run
-    from trainer.stages.pretrain import Pretraining
+    from trainer.stages.training import Training
 
     if ranks.is_first and not files.data.exists():
         prepare_run(files, config)
@@ -120,7 +120,7 @@ def _start(place: Place) -> int:
     fence = place.fence = take_over(files, ranks)
     place.stop.when(lambda: fence.noticed)
     setting = Setting(files, config, ranks, device, precision, prepared, facts, place.stop, fence, heartbeat)
-    stage = Pretraining(setting, faults)
+    stage = Training(setting, faults)
     try:
         ending = stage.run()
     except BaseException as error:

@@ -137,6 +137,9 @@ def take_batch(parts: Parts, position: Position) -> Batch:
 def look(parts: Parts, batch: Batch, position: Position, decision: int) -> StepStats:
     """Compute a gradient, and what all ranks must know of it. Nothing is applied."""
     step, every = position.step + 1, parts.config.guard.checksum_every
+    part_norms_every = parts.config.telemetry.part_norms_every
+    if part_norms_every is not None and step % part_norms_every == 0 and (norms := parts.engine.part_norms(batch)):
+        parts.telemetry.record_part_norms(step, norms)
     if measured(parts, step):
         parts.engine.observe_next()
     return parts.engine.accumulate(

@@ -25,6 +25,16 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Classes:
+    """What a classifier tells apart, and what fills up its texts."""
+
+    names: tuple[str, ...]
+    """In the order of their numbers in `labels`."""
+    pad_id: int
+    """Token behind a text that is shorter than others of its micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """This rank's part of one global batch.
 
@@ -97,6 +107,19 @@ class StepStats:
     """What each rank brought to it."""
     loss_scale: float = 1.0
     """fp16 loss scale in force; 1 otherwise. Norms and loss are already unscaled."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What is watched and not minimised, by name: means over the targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model makes of held-out data."""
+
+    loss: float
+    """Mean of the task's loss over all targets, in nats; NaN without targets."""
+    num_targets: int
+    scores: dict[str, float] = field(default_factory=dict)
+    """Further means over the targets by name: `accuracy`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,15 @@ class Objective(Protocol):
         ...
 
     @property
+    def minimised(self) -> tuple[str, ...]:
+        """Names of what the total is made of."""
+        ...
+
+    def alone(self, name: str) -> Objective:
+        """The same with the total of only this one of `minimised`, as it enters the whole."""
+        ...
+
+    @property
     def measures(self) -> tuple[str, ...]:
         """Names of `Terms.measures`."""
         ...

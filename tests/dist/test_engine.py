@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pool import RankPool
 from workload import (
     OTHER_SETTINGS,
+    cross_entropy,
     global_batch,
     make_batch,
     make_config,
@@ -22,6 +23,7 @@ from workload import (
 )
 
 from trainer.config.schema import RunConfig
+from trainer.objectives import LogitObjective
 
 STAGES = [0, 1, 2, 3]
 LR = 3e-3
@@ -176,7 +178,9 @@ def nonfinite(rank: int, world_size: int, config: RunConfig) -> Any:
     before = weights(engine)
     batch = make_batch(config, 0, rank, world_size)
     original = engine._objective
-    engine._objective = lambda logits, labels: {"loss": original(logits, labels)["loss"] * float("nan")}
+    engine._objective = LogitObjective(
+        lambda logits, labels: {"loss": cross_entropy(logits, labels)["loss"] * float("nan")}
+    )
     bad = engine.accumulate(batch, attempt=1, step=1)
     engine.discard()
     after = weights(engine)
@@ -201,8 +205,7 @@ def test_nonfinite_gradients_are_counted_and_leave_no_trace(two_ranks: RankPool,
 
 def huge(rank: int, world_size: int, config: RunConfig) -> Any:
     engine = make_engine(config, rank, world_size)
-    original = engine._objective
-    engine._objective = lambda logits, labels: {"loss": original(logits, labels)["loss"] * 1e25}
+    engine._objective = LogitObjective(lambda logits, labels: {"loss": cross_entropy(logits, labels)["loss"] * 1e25})
     return engine.accumulate(make_batch(config, 0, rank, world_size), attempt=1, step=1)
 
 
@@ -237,7 +240,7 @@ def penalised(rank: int, world_size: int, config: RunConfig) -> Any:
             "l2": 0.05 * weight.square().sum(),
         }
 
-    engine = make_engine(config, rank, world_size, penalty=penalty, terms=("loss", "l1", "l2"))
+    engine = make_engine(config, rank, world_size, penalty=penalty, penalties=("l1", "l2"))
     stats = engine.accumulate(make_batch(config, 0, rank, world_size), attempt=1, step=1)
     engine.apply(config.optim.clip, LR)
     return stats, weights(engine)
@@ -338,6 +341,8 @@ def test_held_out_loss_is_exact_whatever_the_remainder(
         targets = torch.from_numpy(labels[:num_samples])
         expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     for pool in (two_ranks, four_ranks):
-        for (loss, num_targets), _ in pool(held_out, config=config, num_samples=num_samples):
-            assert num_targets == int((labels[:num_samples] >= 0).sum())
-            assert loss == pytest.approx(expected, rel=1e-6)
+        right = (logits.argmax(-1) == targets).sum() / (targets >= 0).sum()
+        for found, _ in pool(held_out, config=config, num_samples=num_samples):
+            assert found.num_targets == int((labels[:num_samples] >= 0).sum())
+            assert found.loss == pytest.approx(expected, rel=1e-6)
+            assert found.scores == {"accuracy": pytest.approx(right.item())}

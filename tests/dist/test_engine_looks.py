@@ -60,7 +60,7 @@ def with_z_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def sample_losses(rank: int, world_size: int, config: RunConfig) -> Any:
-    engine = make_engine(config, rank, world_size, objective=with_z_loss, terms=("loss", "z_loss"))
+    engine = make_engine(config, rank, world_size, objective=with_z_loss, parts=("z_loss",))
     batch = make_batch(config, 0, rank, world_size, ragged=True)
     for arrays in batch.micro_batches:
         if rank == 1:

@@ -23,7 +23,7 @@ from trainer.recovery import NoReports, Notes, Recovery
 from trainer.saving import NoSaving
 from trainer.stability import Guard
 from trainer.stop import StopRequest
-from trainer.telemetry.recorder import NoTelemetry
+from trainer.telemetry.silent import NoTelemetry
 from trainer.telemetry.timing import StepTimer
 
 STEPS = 12

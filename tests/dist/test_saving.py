@@ -21,7 +21,7 @@ from trainer.engine.state import read_state
 from trainer.errors import SaveFailedError
 from trainer.records import Position, Saved
 from trainer.saving import Saver
-from trainer.telemetry.recorder import NoTelemetry
+from trainer.telemetry.silent import NoTelemetry
 
 LR = 1e-2
 

@@ -14,6 +14,7 @@ from trainer.config.resolve import arithmetic
 from trainer.config.schema import RunConfig
 from trainer.engine.ranks import Ranks
 from trainer.engine.zero import Engine
+from trainer.objectives import LogitObjective
 from trainer.records import Batch, ParameterFacts
 
 VOCABULARY = 97
@@ -105,7 +106,7 @@ def make_engine(config: RunConfig, rank: int, world_size: int, *, dropout: float
     return Engine(
         model,
         make_optimizer(model, config),
-        options.pop("objective", cross_entropy),
+        LogitObjective(options.pop("objective", cross_entropy), options.pop("parts", ())),
         config=config,
         numbers=arithmetic(config, world_size),
         parameters=facts,

@@ -19,16 +19,25 @@ ROOMS = ("data", "model", "optim", "objectives", "engine", "telemetry", "stabili
 """Siblings: none imports another."""
 
 GROUND = ("trainer.records", "trainer.errors")
+TENSORS = ("trainer.terms", "trainer.knowledge", "trainer.attention")
+"""What rooms share that hold tensors."""
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.errors": (),
     "trainer.records": (),
+    "trainer.terms": (),
+    "trainer.knowledge": ("trainer.records",),
+    "trainer.attention": (),
     "trainer.stop": (),
     "trainer.heartbeat": GROUND,
     "trainer.exclusive": (),
     "trainer.starts": ("trainer.config.files", "trainer.exclusive", *GROUND),
     "trainer.config": GROUND,
-    **{f"trainer.{room}": ("trainer.config", "trainer.starts", "trainer.exclusive", *GROUND) for room in ROOMS},
+    **{
+        f"trainer.{room}": ("trainer.config", "trainer.starts", "trainer.exclusive", *GROUND, *TENSORS)
+        for room in ROOMS
+    },
+    "trainer.teacher": ("trainer.config", "trainer.model", *GROUND, *TENSORS),
     "trainer.faults": ("trainer.engine", "trainer.config.files", *GROUND),
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
     "trainer.recovery": ("trainer.config", "trainer.saving", *GROUND, *(f"trainer.{room}" for room in ROOMS)),
@@ -52,7 +61,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.saving",
         "trainer.report",
         "trainer.faults",
+        "trainer.teacher",
         *GROUND,
+        *TENSORS,
         *(f"trainer.{room}" for room in ROOMS),
     ),
     "trainer.meeting": ("trainer.heartbeat", *GROUND),

@@ -34,6 +34,8 @@ class SourceConfig(Section):
     """Jinja2 template that makes the text from a record, instead of `column`: `"{{ title }}\\n\\n{{ body }}"`."""
     label: str | None = None
     """Column that holds the class of a record, a name or a whole number (classification)."""
+    classes: tuple[str, ...] = ()
+    """With `label`: only records of these classes; others are left out, and counted. Empty: all."""
     use: Literal["both", "train", "held_out"] = "both"
     """`both`: `data.held_out` of the documents are kept for evaluation; `train`, `held_out`: none or all of them."""
     weight: PositiveFloat = 1.0
@@ -274,6 +276,9 @@ class TelemetryConfig(Section):
     """Steps between records of every parameter's gradient norm in the ledger (they are measured on every step)."""
     weights_every: PositiveInt | None = 50
     """Steps between records of parameter norms and update-to-weight ratios. None: never."""
+    part_norms_every: PositiveInt | None = 200
+    """Steps between measurements of the gradient norm of each part of a compound loss (z-loss, distillation); each part
+    costs one more pass over the batch. None: never."""
     stragglers: bool = True
     """Name ranks that compute longer than the others in most of the last steps: all wait for them."""
     tensorboard: bool = True

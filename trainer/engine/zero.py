@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,8 @@ from trainer.engine.observe import LogitProbe, WeightStats, compare_weights
 from trainer.engine.own_time import OwnTime
 from trainer.engine.ranks import Ranks
 from trainer.engine.stats import Own, StepVector, loss_of
-from trainer.records import Batch, FloatArray, ParameterFacts, StepStats, Structure
-
-Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""(logits [batch, length, vocabulary], labels [batch, length]) → sums of the loss terms, `loss` among them."""
+from trainer.records import Batch, Evaluation, FloatArray, ParameterFacts, StepStats, Structure
+from trainer.terms import Objective, Terms
 
 Penalty = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 """1-D fp32 weights → (gradient of the penalties, their values by name)."""
@@ -65,8 +64,8 @@ class Engine:
         ranks: Ranks,
         device: Device,
         precision: Precision,
-        terms: Sequence[str] = ("loss",),
         penalty: Penalty | None = None,
+        penalties: Sequence[str] = (),
         injector: Injector = NO_INJECTION,
     ):
         import deepspeed
@@ -78,6 +77,7 @@ class Engine:
         self._decays = [by_name[name].decay for name in self.names]
         self._objective = objective
         self._penalty = penalty
+        self._parts = (*objective.parts, *penalties)
         self._numbers = numbers
         self._ranks = ranks
         self._seed = config.seed
@@ -94,6 +94,7 @@ class Engine:
         )
         self.stage: int = config.zero.stage
         self.shards: Shards = make_shards(self.deepspeed, self.names, self.stage, ranks.rank, ranks.world_size)
+        terms = (*self._parts, *objective.measures)
         self._vector = StepVector(self.shards, len(self.names), terms, ranks.rank, ranks.world_size, self.device)
         self._logits = LogitProbe(self.module, self.device)
         self._seconds = 0.0
@@ -104,6 +105,12 @@ class Engine:
     def module(self) -> torch.nn.Module:
         module: torch.nn.Module = self.deepspeed.module
         return module
+
+    @property
+    def minimised(self) -> tuple[str, ...]:
+        """Names of the parts of a compound loss; empty for a loss of one part."""
+        names = self._objective.minimised
+        return names if len(names) > 1 else ()
 
     @property
     def loss_scale(self) -> float:
@@ -138,24 +145,10 @@ class Engine:
         self._own_time.begin()
         self.injector.begin(attempt, step, batch.batch_index)
         own_checksum = self.replica_checksum() if checksum else 0.0
-        engine = self.deepspeed
-        engine.train()
+        self.deepspeed.train()
         self._local.clear()
-        last = len(batch.micro_batches) - 1
-        # DeepSpeed divides by ranks and accumulation: this makes the whole a mean over the global batch
-        denominator = max(batch.num_targets, 1) / (self._ranks.world_size * len(batch.micro_batches))
-        sums: dict[str, Tensor] = {}
         with self._logits.watching():
-            for index, arrays in enumerate(self._seeded(batch)):
-                with self._own_time.forward():
-                    terms = self._terms(arrays)
-                total = sum_of(terms)
-                engine.backward(total / denominator)
-                for name, value in terms.items():
-                    value = value.detach().double()
-                    sums[name] = sums[name] + value if name in sums else value
-                if index < last:
-                    engine.step()
+            sums = self._gradients(batch)
         if self._penalty is not None:
             sums |= self._add_penalties(self._penalty, batch.num_targets)
         self.injector.reduced(self)
@@ -171,7 +164,8 @@ class Engine:
             batch_index=batch.batch_index,
             step=step,
             loss=reduced.loss,
-            parts=reduced.terms,
+            parts={name: reduced.terms[name] for name in self._parts},
+            measures={name: reduced.terms[name] for name in self._objective.measures},
             num_targets=batch.num_targets,
             grad_norm=reduced.grad_norm,
             num_nonfinite=reduced.num_nonfinite,
@@ -181,6 +175,41 @@ class Engine:
             ranks=reduced.ranks,
             loss_scale=scale,
         )
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward and backward over the micro-batches; the sums of this rank's terms."""
+        engine, last = self.deepspeed, len(batch.micro_batches) - 1
+        # DeepSpeed divides by ranks and accumulation: this makes the whole a mean over the global batch
+        denominator = max(batch.num_targets, 1) / (self._ranks.world_size * len(batch.micro_batches))
+        sums: dict[str, Tensor] = {}
+        for index, arrays in enumerate(self._seeded(batch)):
+            with self._own_time.forward():
+                terms = self._terms(arrays)
+            engine.backward(terms.total / denominator)
+            add(sums, terms.sums)
+            add(sums, terms.measures)
+            if index < last:
+                engine.step()
+        return sums
+
+    def part_norms(self, batch: Batch) -> dict[str, float]:
+        """L2 norm of the gradient of each part of a compound loss, as it enters the whole; empty for a loss of one
+        part. One forward and backward pass a part; nothing is applied. A collective."""
+        whole, norms = self._objective, dict[str, float]()
+        self.deepspeed.train()
+        try:
+            for name in self.minimised:
+                self._objective = whole.alone(name)
+                sums = self._gradients(batch)
+                own = Own(0.0, None, 0)
+                count = max(batch.num_targets, 1)
+                norms[name] = self._vector.reduce(
+                    sums, own, count=count, loss_scale=self.loss_scale, stop=False
+                ).grad_norm
+                self.discard()
+        finally:
+            self._objective = whole
+        return norms
 
     def apply(self, clip: float, lr: float, scales: Sequence[float] | None = None) -> bool:
         """Clip to the global norm `clip` (0: not at all), update with the rate `lr`.
@@ -236,9 +265,9 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[Mapping[str, NDArray[np.int64]]], asked: Callable[[], bool] = lambda: False
-    ) -> tuple[float, int] | None:
-        """Mean loss over all targets of all ranks, in nats, and their number. All ranks give equally many batches.
+        self, batches: Iterable[Mapping[str, NDArray[Any]]], asked: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Mean loss and scores over all targets of all ranks. All ranks give equally many batches.
 
         Args:
             asked: whether this rank was asked to stop. Once one was, all of them give the evaluation up.
@@ -247,11 +276,12 @@ class Engine:
             None: it was given up.
         """
         self.deepspeed.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums: dict[str, Tensor] = {}
+        count = 0
         votes = torch.zeros(1, device=self.device)
         for number, arrays in enumerate(batches, 1):
-            sums[0] += self._terms(arrays)["loss"].double()
-            sums[1] += int((arrays["labels"] >= 0).sum())
+            add(sums, self._objective.evaluate(self.deepspeed, self._tensors(arrays)))
+            count += int((arrays["labels"] >= 0).sum())
             if number % VOTE_EVERY_BATCHES == 0:
                 votes.fill_(float(asked()))
                 dist.all_reduce(votes)
@@ -259,9 +289,11 @@ class Engine:
                     self.deepspeed.train()
                     return None
         self.deepspeed.train()
-        dist.all_reduce(sums)
-        loss, count = sums.tolist()
-        return (loss / count if count else float("nan")), int(count)
+        vector = torch.stack([*sums.values(), torch.tensor(count, dtype=torch.float64, device=self.device)])
+        dist.all_reduce(vector)
+        *values, total = vector.tolist()
+        means = {name: value / total if total else math.nan for name, value in zip(sums, values, strict=True)}
+        return Evaluation(loss=means.pop("loss"), num_targets=int(total), scores=means)
 
     @torch.no_grad()
     def probe(self, batch: Batch) -> float:
@@ -270,7 +302,7 @@ class Engine:
         self.deepspeed.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for arrays in self._seeded(batch):
-            total += self._terms(arrays)["loss"].double()
+            total += self._terms(arrays).sums["loss"].double()
         sums = torch.zeros(self._ranks.world_size, dtype=torch.float64, device=self.device)
         sums[self._ranks.rank] = total
         dist.all_reduce(sums)
@@ -284,12 +316,10 @@ class Engine:
         self.deepspeed.train()
         losses = torch.zeros(self._numbers.samples, dtype=torch.float64, device=self.device)
         for index, arrays in enumerate(self._seeded(batch)):
-            logits, labels = self._logits_and_labels(arrays)
+            sums = self._objective.sample_losses(self.deepspeed, self._tensors(arrays)).double()
+            num_targets = torch.from_numpy((arrays["labels"] >= 0).reshape(len(sums), -1).sum(axis=1)).clamp(min=1)
             first = self._first_sample(index)
-            for row in range(len(labels)):
-                own = slice(row, row + 1)
-                num_targets = (labels[own] >= 0).sum().clamp(min=1)
-                losses[first + row] = self._objective(logits[own], labels[own])["loss"].double() / num_targets
+            losses[first : first + len(sums)] = sums / num_targets.to(self.device)
         dist.all_reduce(losses)
         result: FloatArray = losses.cpu().numpy()
         return result
@@ -298,23 +328,18 @@ class Engine:
         """Place in the global batch of the first sample of this rank's micro-batch."""
         return (index * self._ranks.world_size + self._ranks.rank) * self._numbers.micro
 
-    def _seeded(self, batch: Batch) -> Iterator[Mapping[str, NDArray[np.int64]]]:
+    def _seeded(self, batch: Batch) -> Iterator[Mapping[str, NDArray[Any]]]:
         """The micro-batches, torch seeded for each as it is handed out."""
         for index, arrays in enumerate(batch.micro_batches):
             seed_everything(self._seed, batch.batch_index, self._first_sample(index), self.device)
             yield arrays
 
-    def _terms(self, arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
-        logits, labels = self._logits_and_labels(arrays)
-        self._logits.see_output(logits)
-        return self._objective(logits, labels)
+    def _terms(self, arrays: Mapping[str, NDArray[Any]]) -> Terms:
+        return self._objective(self.deepspeed, self._tensors(arrays), self._logits.see_output)
 
-    def _logits_and_labels(self, arrays: Mapping[str, NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    def _tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         self.alive()
-        tensors = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
-        labels = tensors.pop("labels")
-        logits: Tensor = self.deepspeed(**tensors).logits
-        return logits, labels
+        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
 
     @torch.no_grad()
     def _add_penalties(self, penalty: Penalty, num_targets: int) -> dict[str, Tensor]:
@@ -336,13 +361,11 @@ class Engine:
         return sums
 
 
-def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
-    """The terms added up, in the order of their names' insertion."""
-    values = iter(terms.values())
-    total = next(values)
-    for value in values:
-        total = total + value
-    return total
+def add(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    """Add the terms to the sums of their names, in double precision."""
+    for name, value in terms.items():
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def seed_everything(seed: int, batch_index: int, first_sample: int, device: torch.device) -> None:

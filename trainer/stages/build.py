@@ -69,11 +69,6 @@ def build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> E
     zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
     model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
     penalty = _make_penalty(config)
-    terms = ["loss"]
-    if config.objective.z_loss:
-        terms.append("z_loss")
-    if penalty is not None:
-        terms.append("penalty")
     return Engine(
         model,
         build_optimizer(parameter_groups(model, config), config, setting.device),
@@ -84,8 +79,8 @@ def build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> E
         ranks=setting.ranks,
         device=setting.device,
         precision=setting.precision,
-        terms=terms,
         penalty=penalty,
+        penalties=() if penalty is None else ("penalty",),
         injector=injector,
     )
 

@@ -41,7 +41,7 @@ from trainer.records import (
 )
 from trainer.saving import NoSaving, Saving
 from trainer.stages.build import Setting
-from trainer.stages.pretrain import Pretraining
+from trainer.stages.training import Training
 from trainer.telemetry.recorder import Recorder
 
 
@@ -158,8 +158,8 @@ class OnlyAt(NoSaving):
             self._inner.finish(position, completed=completed)
 
 
-class Unsaved(Pretraining):
-    """Pretraining that saves nothing, or one step only."""
+class Unsaved(Training):
+    """Training that saves nothing, or one step only."""
 
     keep_step: int | None = None
 

@@ -72,6 +72,8 @@ class RunFacts:
     """What `trimtab run` told of the failed start before this one (`trainer.heartbeat.RELAUNCHED_VARIABLE`)."""
     allocated: float = 0.0
     """Unix seconds from which the time of this start counts."""
+    parts: tuple[str, ...] = ()
+    """What a compound loss is made of; empty: it has one part."""
     job: Mapping[str, Any] | None = None
     """What a job of a scheduler told of itself (TRIMTAB_JOB)."""
 
@@ -105,8 +107,13 @@ class Recorder(Protocol):
     def record_structure(self, step: int, structure: Structure) -> None:
         """Norms of weights and updates, and how large logits are."""
 
-    def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
-        """Held-out loss in nats a target."""
+    def record_part_norms(self, step: int, norms: Mapping[str, float]) -> None:
+        """Gradient norm of each part of a compound loss, before clipping."""
+
+    def record_evaluation(
+        self, step: int, loss: float, num_targets: int, seconds: float, scores: Mapping[str, float] = _NO_SCORES
+    ) -> None:
+        """Held-out loss in nats a target, and further scores by name."""
 
     def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
         """A committed checkpoint; `seconds_blocked` that the loop stood still for it."""
@@ -119,40 +126,6 @@ class Recorder(Protocol):
 
     def close(self, outcome: Outcome) -> OSError | None:
         """Records the end and waits for the disk; the error where records are missing there."""
-
-
-class NoTelemetry:
-    """Records nothing: every rank but the first."""
-
-    def record_attempt(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_rewind(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_incident(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_snapshot(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_structure(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_evaluation(self, *_: object, **__: object) -> None:
-        pass
-
-    def record_checkpoint(self, *_: object, **__: object) -> None:
-        pass
-
-    def message(self, *_: object, **__: object) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self, *_: object, **__: object) -> OSError | None:
-        return None
 
 
 class Telemetry:
@@ -238,6 +211,7 @@ class Telemetry:
                 "epoch": epoch,
                 "loss": float(stats.loss),
                 "parts": {name: float(value) for name, value in stats.parts.items()},
+                "measures": {name: float(value) for name, value in stats.measures.items()},
                 "targets": stats.num_targets,
                 "grad_norm": float(stats.grad_norm),
                 "nonfinite": stats.num_nonfinite,
@@ -303,9 +277,16 @@ class Telemetry:
             }
         )
 
-    def record_evaluation(self, step: int, loss: float, num_targets: int, seconds: float) -> None:
+    def record_part_norms(self, step: int, norms: Mapping[str, float]) -> None:
+        fields = {name: float(value) for name, value in norms.items()}
+        self._write(lambda: {"kind": "part_norms", "step": step, "norms": fields})
+
+    def record_evaluation(
+        self, step: int, loss: float, num_targets: int, seconds: float, scores: Mapping[str, float] = _NO_SCORES
+    ) -> None:
         fields = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}
-        self._write(lambda: {"kind": "evaluation", **fields})
+        found = {name: float(value) for name, value in scores.items()}
+        self._write(lambda: {"kind": "evaluation", **fields, "scores": found})
 
     def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
         fields = {

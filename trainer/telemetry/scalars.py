@@ -29,6 +29,9 @@ SCORE = "1 stability/spike score"
 LOSS_SCALE = "1 stability/fp16 loss scale"
 HELD_OUT_LOSS = "2 held-out/loss"
 HELD_OUT_PERPLEXITY = "2 held-out/perplexity"
+HELD_OUT = "2 held-out"
+MEASURE = "2 distillation"
+PART_NORMS = "3 gradients by part of the loss"
 BY_LAYER = "3 gradients by layer"
 BY_PART = "3 gradients by part"
 HEAT = "3 gradients by layer and step"
@@ -80,6 +83,13 @@ LAYOUT = {
         "learning rate": _exactly(LEARNING_RATE),
     },
 }
+COMPOUND_LAYOUT = {
+    "parts of the loss": {
+        "parts of the loss": [f"{re.escape(LOSS)}(: |$)"],
+        "gradient norm of each part": _all_of(PART_NORMS),
+    }
+}
+"""What a run with a compound loss has besides."""
 _GIB = 1 << 30
 _CLIP_WINDOW = 100
 
@@ -129,6 +139,7 @@ class Scalars:
         """What an attempt showed before the verdict, applied or not."""
         values = {LOSS: record["loss"], GRADIENT_NORM: record["grad_norm"], NONFINITE: record["nonfinite"]}
         values |= {f"{LOSS}: {name}": value for name, value in record["parts"].items()}
+        values |= {f"{MEASURE}/{name}": value for name, value in record.get("measures", {}).items()}
         values |= {f"{SCORE}: {name}": value for name, value in record.get("scores", {}).items()}
         if "parameter_norms" in record:
             norms = np.asarray(record["parameter_norms"], dtype=np.float64)
@@ -178,10 +189,15 @@ class Scalars:
         return values
 
     def evaluation(self, record: Record) -> dict[str, float]:
-        """Held-out loss and perplexity."""
+        """Held-out loss, perplexity and scores."""
         loss = record["loss"]
         perplexity = math.inf if loss > 700 else math.exp(loss)
-        return {HELD_OUT_LOSS: loss, HELD_OUT_PERPLEXITY: perplexity, SECONDS_EVALUATION: record["seconds"]}
+        scores = {f"{HELD_OUT}/{name}": value for name, value in record.get("scores", {}).items()}
+        return scores | {HELD_OUT_LOSS: loss, HELD_OUT_PERPLEXITY: perplexity, SECONDS_EVALUATION: record["seconds"]}
+
+    def part_norms(self, record: Record) -> dict[str, float]:
+        """Gradient norm of each part of the loss."""
+        return {f"{PART_NORMS}/{name}": value for name, value in record["norms"].items()}
 
     def goodput(self, record: Record) -> dict[str, float]:
         """Goodput since the run's beginning, and the share of each part in the time allocated."""

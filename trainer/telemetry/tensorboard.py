@@ -21,6 +21,7 @@ from trainer.telemetry.heatmap import HeatMap, load
 from trainer.telemetry.ledger import FILE_NAME, Record, history, notice
 from trainer.telemetry.markers import Markers
 from trainer.telemetry.scalars import (
+    COMPOUND_LAYOUT,
     HEAT,
     INCIDENT,
     LAYOUT,
@@ -80,6 +81,8 @@ class TensorBoardView:
                 self._attempt(record, survives)
             case "weights":
                 self._points(self._scalars.structure(record), record, survives)
+            case "part_norms":
+                self._points(self._scalars.part_norms(record), record, survives)
             case "evaluation":
                 self._points(self._scalars.evaluation(record), record, survives)
             case "checkpoint":
@@ -120,7 +123,7 @@ class TensorBoardView:
         self._abandoned.forget(self._step)
         if record["start"] > 1:
             self._go_back(self._step, record["time"])
-        self._main.layout(layout_of(LAYOUT), record["time"])
+        self._main.layout(layout_of(LAYOUT | (COMPOUND_LAYOUT if record.get("parts") else {})), record["time"])
         hidden = {"kind", "time", "parameter_names", "config"}
         facts = {key: value for key, value in record.items() if key not in hidden}
         self._main.text("1 run", _table(facts), self._step, record["time"])

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config.schema import ObjectiveConfig
-from trainer.engine.zero import sum_of
 from trainer.objectives import make_objective
+from trainer.objectives.objective import sum_of
 
 BATCH, LENGTH, VOCABULARY = 3, 7, 11
 
@@ -36,7 +36,7 @@ def dense_reference(logits: torch.Tensor, labels: torch.Tensor, weight: float) -
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
 def test_terms_and_gradient_equal_the_dense_reference(z_loss, dtype, tolerance):
     logits, labels = example(dtype)
-    terms = make_objective(ObjectiveConfig(z_loss=z_loss))(logits, labels)
+    terms = make_objective(ObjectiveConfig(z_loss=z_loss)).sums(logits, labels)
     (sum_of(terms) / 17.0).backward()
 
     dense = logits.detach().double().requires_grad_()
@@ -57,18 +57,18 @@ def test_terms_and_gradient_equal_the_dense_reference(z_loss, dtype, tolerance):
 def test_plain_total_has_the_bits_of_torch():
     logits, labels = example()
     count = int((labels >= 0).sum())
-    (sum_of(make_objective(ObjectiveConfig())(logits, labels)) / count).backward()
+    (sum_of(make_objective(ObjectiveConfig()).sums(logits, labels)) / count).backward()
 
     twin = logits.detach().clone().requires_grad_()
     reference = F.cross_entropy(twin.float().view(-1, VOCABULARY), labels.view(-1), reduction="sum") / count
     reference.backward()
-    assert torch.equal(sum_of(make_objective(ObjectiveConfig())(logits, labels)) / count, reference)
+    assert torch.equal(sum_of(make_objective(ObjectiveConfig()).sums(logits, labels)) / count, reference)
     assert torch.equal(logits.grad, twin.grad)
 
 
 def test_each_term_is_differentiable_alone():
     logits, labels = example()
-    terms = make_objective(ObjectiveConfig(z_loss=0.3))(logits, labels)
+    terms = make_objective(ObjectiveConfig(z_loss=0.3)).sums(logits, labels)
     (gradient,) = torch.autograd.grad(terms["loss"], logits)
     twin = logits.detach().double().requires_grad_()
     (reference,) = torch.autograd.grad(dense_reference(twin, labels, 0.0)[0], twin)
@@ -78,7 +78,7 @@ def test_each_term_is_differentiable_alone():
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_no_target_means_no_loss_and_no_gradient(z_loss):
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    terms = make_objective(ObjectiveConfig(z_loss=z_loss))(logits, torch.full((2, 3), -100))
+    terms = make_objective(ObjectiveConfig(z_loss=z_loss)).sums(logits, torch.full((2, 3), -100))
     value = sum_of(terms)
     value.backward()
     assert value == 0
@@ -90,14 +90,14 @@ def test_a_non_finite_logit_at_a_target_is_seen(z_loss):
     logits, labels = example()
     with torch.no_grad():
         logits[1, 1, 3] = float("nan")
-    terms = make_objective(ObjectiveConfig(z_loss=z_loss))(logits, labels)
+    terms = make_objective(ObjectiveConfig(z_loss=z_loss)).sums(logits, labels)
     assert all(torch.isnan(term) for term in terms.values())
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_micro_batches_add_up_to_the_batch(z_loss):
     logits, labels = example()
-    objective = make_objective(ObjectiveConfig(z_loss=z_loss))
+    objective = make_objective(ObjectiveConfig(z_loss=z_loss)).sums
     whole = objective(logits, labels)
     parts = [objective(logits[i : i + 1], labels[i : i + 1]) for i in range(BATCH)]
     for name, value in whole.items():

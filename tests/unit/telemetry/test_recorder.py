@@ -24,7 +24,8 @@ from trainer.records import (
     Verdict,
 )
 from trainer.telemetry.ledger import FILE_NAME, Record, read_ledger, standing
-from trainer.telemetry.recorder import NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt, rounded
+from trainer.telemetry.recorder import Recorder, RunFacts, Telemetry, next_attempt, rounded
+from trainer.telemetry.silent import NoTelemetry
 
 QUIET = TelemetryConfig(console="quiet", tensorboard=False)
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
@@ -51,6 +52,7 @@ def stats(attempt: int, step: int, grad_norm: float = 2.0, loss: float = 3.0) ->
         step=step,
         loss=loss,
         parts={"z_loss": 0.125},
+        measures={"teacher entropy": 0.5},
         num_targets=63,
         grad_norm=grad_norm,
         num_nonfinite=0,
@@ -82,6 +84,7 @@ def test_an_attempt_is_recorded_whole(tmp_path: Path) -> None:
         "epoch": 0,
         "loss": 3.0,
         "parts": {"z_loss": 0.125},
+        "measures": {"teacher entropy": 0.5},
         "targets": 63,
         "grad_norm": 2.0,
         "nonfinite": 0,
@@ -186,7 +189,8 @@ def test_arrays_may_be_used_again_at_once(tmp_path: Path) -> None:
 def test_every_event_is_recorded(tmp_path: Path) -> None:
     telemetry = Telemetry.open(tmp_path, QUIET, FACTS)
     telemetry.message("info", "held-out: 3 documents")
-    telemetry.record_evaluation(5, math.inf, 100, 1.5)
+    telemetry.record_part_norms(5, {"loss": 2.0, "z_loss": 0.5})
+    telemetry.record_evaluation(5, math.inf, 100, 1.5, {"accuracy": 0.25})
     telemetry.record_checkpoint(Saved(5, "step-00000005", 1000, 2.5), 0.5)
     telemetry.record_snapshot(5, 0.25, 2000)
     telemetry.record_structure(5, Structure(np.array([1.0, 2.0]), math.inf, np.ones(3), np.full(3, 0.5)))
@@ -199,7 +203,16 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     head = {"time": 0, "start": 1}
     assert found == [
         {"kind": "message", **head, "step": 0, "level": "info", "text": "held-out: 3 documents"},
-        {"kind": "evaluation", **head, "step": 5, "loss": math.inf, "targets": 100, "seconds": 1.5},
+        {"kind": "part_norms", **head, "step": 5, "norms": {"loss": 2.0, "z_loss": 0.5}},
+        {
+            "kind": "evaluation",
+            **head,
+            "step": 5,
+            "loss": math.inf,
+            "targets": 100,
+            "seconds": 1.5,
+            "scores": {"accuracy": 0.25},
+        },
         {
             "kind": "checkpoint",
             **head,

@@ -28,7 +28,9 @@ NAMES = (
     "model.norm.weight",
 )
 NORMS = np.array([1.0, 3.0, 4.0, 5.0, 12.0, 0.5])
-FACTS = RunFacts("run", 2, "cpu", "fp32", NAMES, 8, 64, {"torch": "2|3"}, "name: run\n", {"parameters": 6})
+FACTS = RunFacts(
+    "run", 2, "cpu", "fp32", NAMES, 8, 64, {"torch": "2|3"}, "name: run\n", {"parameters": 6}, parts=("loss", "z_loss")
+)
 CONFIG = TelemetryConfig(console="quiet")
 
 
@@ -46,6 +48,7 @@ def attempt(telemetry: Telemetry, number: int, step: int, loss: float, finite: b
         step=step,
         loss=loss if finite else math.nan,
         parts={"z_loss": loss / 8},
+        measures={"teacher entropy": loss / 4},
         num_targets=63,
         grad_norm=float(np.sqrt(np.square(norms).sum())),
         num_nonfinite=0 if finite else 7,
@@ -91,7 +94,8 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
     telemetry.record_structure(4, Structure(np.array([3.0, 7.0]), 12.0, NORMS, ratios))
     telemetry.record_snapshot(4, 0.0625, 1000)
     telemetry.record_evaluation(2, math.log(7.0), 100, 1.5)
-    telemetry.record_evaluation(4, math.nan, 100, 1.5)
+    telemetry.record_evaluation(4, math.nan, 100, 1.5, {"accuracy": 0.25})
+    telemetry.record_part_norms(4, {"loss": 5.0})
     telemetry.record_checkpoint(Saved(4, "step-00000004", 1000, 2.5), 0.75)
     close(telemetry)
     main = read(tmp_path / "tensorboard" / "main")
@@ -107,6 +111,9 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
     expected = {
         "1 stability/loss": of_loss(1),
         "1 stability/loss: z_loss": of_loss(1 / 8),
+        "2 distillation/teacher entropy": of_loss(1 / 4),
+        "2 held-out/accuracy": [(4, 0.25)],
+        "3 gradients by part of the loss/loss": [(4, 5)],
         "1 stability/gradient norm": of_loss(whole),
         "1 stability/gradient norm: limit": constant(16),
         "1 stability/non-finite gradient elements": constant(0),
@@ -224,6 +231,7 @@ def test_each_chart_of_the_layout_finds_its_curves(tmp_path: Path) -> None:
     attempt(telemetry, 1, 1, 8.0)
     telemetry.record_structure(1, Structure(np.ones(2), 1.0, NORMS, NORMS))
     telemetry.record_evaluation(1, 5.0, 100, 1.0)
+    telemetry.record_part_norms(1, {"loss": 1.0, "z_loss": 2.0})
     close(telemetry)
     main = read(tmp_path / "tensorboard" / "main")
     (event,) = main.Tensors(metadata.CONFIG_SUMMARY_TAG)
@@ -242,6 +250,8 @@ def test_each_chart_of_the_layout_finds_its_curves(tmp_path: Path) -> None:
     assert found["gradient norm of each layer"] == {f"{tb.BY_LAYER}/{label}" for label in layers}
     assert found["update-to-weight ratio of each layer"] == {f"{tb.UPDATE_RATIOS}/{label}" for label in layers}
     assert found["seconds of a step, and of it waiting for data"] == {tb.SECONDS, tb.SECONDS_DATA}
+    assert found["parts of the loss"] == {tb.LOSS, f"{tb.LOSS}: z_loss"}
+    assert found["gradient norm of each part"] == {f"{tb.PART_NORMS}/loss", f"{tb.PART_NORMS}/z_loss"}
     assert all(found.values())
 
 

@@ -1,4 +1,4 @@
-"""Pretraining: text → samples → next or masked token. Builds the parts and calls the loop."""
+"""A start of any run that trains: builds the parts that its stage asks for and calls the loop."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ from trainer.stages.build import Setting, build_engine, make_guard, make_timer
 from trainer.stages.storage import Storage
 from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
-from trainer.telemetry.recorder import Level, NoTelemetry, Recorder, RunFacts, Telemetry, next_attempt
+from trainer.telemetry.recorder import Level, Recorder, RunFacts, Telemetry, next_attempt
+from trainer.telemetry.silent import NoTelemetry
 
 _REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed", ExitCode.SUPERSEDED: "superseded"}
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
 
 
-class Pretraining:
-    """One start of a pretraining run.
+class Training:
+    """One start of a run.
 
     Args:
         faults: put into it on purpose.
@@ -233,6 +234,7 @@ class Pretraining:
             device=torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
             precision=setting.precision,
             parameter_names=self.engine.names,
+            parts=self.engine.minimised,
             steps=self.numbers.steps,
             tokens_per_step=self.numbers.tokens_per_step,
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
@@ -303,9 +305,9 @@ class Pretraining:
         if found is None:
             self.telemetry.message("warning", f"asked to stop: the evaluation at step {step} is given up")
             return None
-        loss, num_targets = found
-        self.telemetry.record_evaluation(step, loss, num_targets, time.perf_counter() - began)
-        return loss
+        seconds = time.perf_counter() - began
+        self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, found.scores)
+        return found.loss
 
     def _manifest(self, position: Position) -> Manifest:
         return Manifest(
