@@ -19,11 +19,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from launcher.pipelines.record import read_record
+from launcher.pipelines.sweep import FILE_NAME as SWEEP_FILE
+from launcher.pipelines.sweep import read_points
 from launcher.slurm.history import Job, read_jobs
-from launcher.slurm.pipeline_record import read_record
 from launcher.slurm.standing import States
-from launcher.slurm.sweep import FILE_NAME as SWEEP_FILE
-from launcher.slurm.sweep import read_points
 from launcher.status import age, status_of
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config

@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.run_directory import differences, has_trained, read_outcome, write_atomically
+from launcher.pipelines.progress import is_done, listed, needed_exports, refuse_other_configs, whence
+from launcher.pipelines.record import FILE_NAME, PipelineRecord, StageRecord, held, read_record, write_record
+from launcher.pipelines.stages import Pipeline, Stage
+from launcher.pipelines.sweep import enter_sweep, make_folder, require_folder
+from launcher.run_directory import has_trained, read_outcome, write_atomically
 from launcher.slurm.history import read_jobs
-from launcher.slurm.pipeline_record import (
-    FILE_NAME,
-    PipelineRecord,
-    StageRecord,
-    current_jobs,
-    held,
-    job_of_runs,
-    read_record,
-    write_record,
-)
-from launcher.slurm.stages import Pipeline, Stage
-from launcher.slurm.stages import is_pipeline as is_pipeline
-from launcher.slurm.stages import read_pipeline as read_pipeline
-from launcher.slurm.sweep import enter_sweep, make_folder, require_folder
-from launcher.start import Request, completed_before, is_exported
+from launcher.slurm.stage_jobs import current_jobs, job_of_runs
+from launcher.start import Request
 from trainer.config.files import RunFiles
-from trainer.config.load import read_run_config
-from trainer.errors import ExitCode, LaunchError, RunDirectoryError
+from trainer.errors import ExitCode, LaunchError
 
 Say = Callable[[str], None]
 Submit = Callable[[Stage, Sequence[Request], Sequence[str]], str | None]
@@ -86,7 +75,7 @@ def submit_pipeline(
     """
     require_folder(pipeline.root, FILE_NAME, "pipeline")
     if not fresh:
-        _refuse_other_configs(pipeline)
+        refuse_other_configs(pipeline)
     if not dry_run:
         make_folder(pipeline.root, FILE_NAME, "pipeline")
     with contextlib.nullcontext() if dry_run else held(pipeline.root, say):
@@ -135,7 +124,7 @@ def _carry_out(
         runs = tuple(str(request.root) for request in step.requests)
         entries[stage.name] = entries[stage.name].model_copy(update={"job": job, "runs": runs})
         note()
-        say(f"{stage.name}: job {job}{f', when {_listed(after)} ended well' if after else ''}")
+        say(f"{stage.name}: job {job}{f', when {listed(after)} ended well' if after else ''}")
     return jobs
 
 
@@ -156,14 +145,14 @@ def decide(
     known = {} if record is None else {stage.name: stage for stage in record.stages}
     asked = [job for stage in known.values() for job in current_jobs(stage)]
     alive = states(asked) if asked else {}
-    sources = {stage.source for stage in pipeline.stages}
+    needed = needed_exports(pipeline)
     steps: dict[str, Step] = {}
     for stage in pipeline.stages:
-        left = tuple(each for each in stage.requests if fresh or not _is_done(each.root, sources))
+        left = tuple(each for each in stage.requests if fresh or not is_done(each.root, needed))
         jobs = job_of_runs(known[stage.name]) if stage.name in known else {}
         words = {run: alive[job] for run, job in jobs.items() if job in alive}
         if fresh and words:
-            raise LaunchError(f"{stage.name} has job {_listed(current_jobs(known[stage.name]))}; end it before --fresh")
+            raise LaunchError(f"{stage.name} has job {listed(current_jobs(known[stage.name]))}; end it before --fresh")
         before = [steps[name] for name in stage.after]
         waits_in_vain = bool(words) and (
             set(known[stage.name].after) != set(stage.after)
@@ -183,11 +172,6 @@ def decide(
     return tuple(steps.values())
 
 
-def _is_done(root: Path, sources: set[Path | None]) -> bool:
-    """Complete, and exported where a later stage goes on with it."""
-    return completed_before(root) is not None and (RunFiles(root).export not in sources or is_exported(root))
-
-
 def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Step], dry_run: bool) -> Iterator[str]:
     would = "would be" if dry_run else "is"
     yield f"pipeline {pipeline.name} in {pipeline.root}"
@@ -197,7 +181,7 @@ def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Ste
             case "leave":
                 what = "is complete"
             case "keep":
-                what = f"goes on in job {_listed(step.jobs)}"
+                what = f"goes on in job {listed(step.jobs)}"
                 if step.lost:
                     what += f", without {step.lost} of its {len(stage.requests)} runs; then submit it again"
             case "hold":
@@ -205,12 +189,11 @@ def _told(pipeline: Pipeline, record: PipelineRecord | None, steps: Sequence[Ste
             case "submit":
                 what = f"{would} submitted{_amount(step)}"
                 if waits := [other.stage.name for other in steps if other.stage.name in stage.after]:
-                    what += f" after {_listed(waits)}"
-                if stage.source is not None:
-                    what += f", going on with {os.path.relpath(stage.source, pipeline.root)}"
+                    what += f" after {listed(waits)}"
+                what += whence(pipeline, stage)
         yield f"  {number}. {stage.name} {what}"
         if step.action == "submit" and step.jobs:
-            yield f"     job {_listed(step.jobs)}, which waits in vain, {would} cancelled"
+            yield f"     job {listed(step.jobs)}, which waits in vain, {would} cancelled"
     names = {step.stage.name for step in steps}
     for gone in [] if record is None else [stage for stage in record.stages if stage.name not in names]:
         yield f"  {gone.name} is no longer a stage; its run{f' and its job {gone.job}' if gone.job else ''} stay"
@@ -227,25 +210,6 @@ def _amount(step: Step) -> str:
         number_of_nodes = str(most) if fewest == most else f"{fewest}-{most}"
         parts.append(f"{number_of_nodes} node{'' if most == 1 else 's'}{' each' if stage.sweep else ''}")
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _refuse_other_configs(pipeline: Pipeline) -> None:
-    for stage in pipeline.stages:
-        for request in stage.requests:
-            if not (has_trained(request.root) and RunFiles(request.root).config.exists()):
-                continue
-            found = differences(read_run_config(request.root), request.config)
-            if changed := [difference for difference in found if not difference.harmless]:
-                lines = "\n".join(f"  {difference}" for difference in changed)
-                raise RunDirectoryError(
-                    f"{request.root} holds a run with another config:\n{lines}\n"
-                    f"use another name for the stage {stage.name} or for the pipeline, or --fresh, which moves the old "
-                    "runs aside"
-                )
 
 
 def cancel_after(root: Path, why: str, cancel: Cancel) -> list[str]:

@@ -16,7 +16,7 @@ from launcher.words import visible
 from trainer.errors import LaunchError
 
 if TYPE_CHECKING:
-    from launcher.slurm.stages import Pipeline, Stage
+    from launcher.pipelines.stages import Pipeline, Stage
     from launcher.slurm.submit import SubmitOptions, Submitted
     from launcher.start import Request
 
@@ -60,10 +60,10 @@ def submit(
 ) -> None:
     """Submit a run to Slurm. Its jobs look after it: they requeue it until it has ended."""
     from launcher import start
+    from launcher.pipelines.stages import is_pipeline
+    from launcher.pipelines.sweep import expand
     from launcher.slurm.site import load_site
-    from launcher.slurm.stages import is_pipeline
     from launcher.slurm.submit import SubmitOptions, read_nodes, submit_runs
-    from launcher.slurm.sweep import expand
 
     options = SubmitOptions(load_site(site), None if nodes is None else read_nodes(nodes), time, fresh)
     if is_pipeline(config):
@@ -95,9 +95,9 @@ def _show(done: Submitted) -> None:
 
 
 def _submit_pipeline(path: Path, overrides: Sequence[str], options: SubmitOptions, dry_run: bool) -> None:
+    from launcher.pipelines.stages import read_pipeline
     from launcher.slurm import scheduler
     from launcher.slurm.pipeline import submit_pipeline
-    from launcher.slurm.stages import read_pipeline
     from launcher.slurm.submit import submit_runs
 
     pipeline = read_pipeline(path, overrides)

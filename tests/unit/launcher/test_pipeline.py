@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.pipelines.record import read_record
+from launcher.pipelines.stages import Stage, in_order, is_pipeline, read_pipeline
 from launcher.run_directory import read_outcome
 from launcher.slurm.history import Job, append_begin
-from launcher.slurm.pipeline import cancel_after, is_pipeline, read_pipeline, submit_pipeline
-from launcher.slurm.pipeline_record import read_record
+from launcher.slurm.pipeline import cancel_after, submit_pipeline
 from launcher.slurm.site import SiteConfig
-from launcher.slurm.stages import Stage, in_order
 from launcher.slurm.submission import Submission, write_submission
 from launcher.start import Request, entered
 from launcher.status import status_of
@@ -230,6 +230,43 @@ def test_a_stage_goes_on_with_one_run(ground: Ground) -> None:
     path = ground.write(tune, more | {"from": "tune/lr=0.2"})
     stage = read_pipeline(path).stages[1]
     assert (stage.source, stage.after) == (ground.root / "tune" / "lr=0.2" / "export", ("tune",))
+
+
+def test_a_stage_is_taught_by_an_earlier_one(ground: Ground) -> None:
+    taught: dict[str, Any] = {"stage": "distill", "distill": {"teacher": {"pretrained": "gpt2"}}}
+    more = {"model": {"pretrained": "gpt2"}, "name": "taught"} | taught
+    (ground.folder / "taught.yaml").write_text(json.dumps(small_config(ground.folder, **more)))
+    a, b, x = {"name": "a"}, {"name": "b", "config": "more.yaml", "from": "a"}, {"name": "x", "after": []}
+    path = ground.write(a, b, x, {"name": "c", "config": "taught.yaml", "from": "a", "teacher": "b"})
+    *_, c = read_pipeline(path).stages
+    [request] = c.requests
+    assert (c.after, c.source, c.teacher) == (("a", "b"), ground.root / "a/export", ground.root / "b/export")
+    assert request.config.model.pretrained == str(c.source)
+    assert request.config.distill is not None
+    assert request.config.distill.teacher.pretrained == str(c.teacher)
+    ground.submit(path, dry_run=True)
+    assert "  4. c would be submitted after a and b, going on with a/export, taught by b/export" in ground.said
+    # what teaches must be exported too
+    ground.submit(path)
+    for name in ("a", "b"):
+        ground.end(name, "completed")
+    RunFiles(ground.root / "b").export.rmdir()
+    ground.cluster.asked.clear()
+    ground.submit(path)
+    assert [name for name, *_ in ground.cluster.asked] == ["b", "c"]
+
+    student = {"name": "c", "config": "taught.yaml", "teacher": "b"}
+    path = ground.write(a, b, x, student)
+    assert read_pipeline(path).stages[-1].after == ("b",)
+    assert problems(ground.write(a, student)) == [
+        ("stages.1.teacher", "names 'b', which is no earlier stage; before it there are a")
+    ]
+    assert problems(ground.write(a, b | {"seeds": 2}, student | {"teacher": "b/seed=7"})) == [
+        ("stages.2.teacher", "names 'seed=7', which is no point of b; did you mean seed=1?")
+    ]
+    assert problems(ground.write(a, b, student | {"set": ["distill.teacher.pretrained=gpt2"]})) == [
+        ("stages.2.set", "sets `distill.teacher.pretrained`, and `teacher` does too; leave one out")
+    ]
 
 
 @given(st.lists(st.sets(st.integers(0, 9)), max_size=10))

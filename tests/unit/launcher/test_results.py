@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.pipelines.record import PipelineRecord, StageRecord, write_record
+from launcher.pipelines.sweep import expand
 from launcher.results import Result, as_csv, as_json, means, results, table
 from launcher.slurm.history import Job, append_begin, append_end
-from launcher.slurm.pipeline_record import PipelineRecord, StageRecord, write_record
-from launcher.slurm.sweep import expand
 from launcher.start import entered
 from tests.unit.launcher.conftest import small_config
 from trainer.config.files import RunFiles

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.pipelines.points import MAX_NAME, Axis, as_yaml, points_of, read_axes, read_axis
+from launcher.pipelines.sweep import enter_sweep, expand, read_points, read_sweep
 from launcher.run_directory import create
-from launcher.slurm.points import MAX_NAME, Axis, as_yaml, points_of, read_axes, read_axis
-from launcher.slurm.sweep import enter_sweep, expand, read_points, read_sweep
 from launcher.start import Request, entered
 from tests.unit.launcher.conftest import small_config
 from trainer.config import yamltext

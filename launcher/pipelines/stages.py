@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PlainValidator, ValidationError
 
-from launcher.slurm.points import Axis, as_yaml
-from launcher.slurm.site import Text
-from launcher.slurm.sweep import Sweep, read_points, read_sweep
+from launcher.pipelines.points import Axis, as_yaml
+from launcher.pipelines.sweep import Sweep, read_points, read_sweep
 from launcher.start import Request, read_request
 from trainer.config import yamltext
 from trainer.config.files import RunFiles
@@ -31,10 +30,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Problem = tuple[str, str]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r\x00]*$")]
+"""One line."""
 
 _NAME = re.compile(r"\w[\w.+=,@-]{0,99}")
 _RESERVED = ("pipeline.json", "sweep.json", "train.sbatch", "config.yaml", "logs")
 _OF_THE_PIPELINE = ("name", "runs", "cluster.nodes", "cluster.ranks_per_node")
+_SETS = {"from": "model.pretrained", "teacher": "distill.teacher.pretrained"}
+"""Option of a stage that names an earlier one → the option of its run that becomes that one's export."""
 
 
 def _nodes(value: object) -> tuple[int, int] | None:
@@ -59,14 +62,16 @@ class StageConfig(Section):
     """Overrides, as on the command line."""
     from_: str | None = Field(default=None, alias="from")
     """An earlier stage whose model this one goes on with; of a sweep `STAGE/POINT`."""
+    teacher: str | None = None
+    """An earlier stage whose model teaches this one; of a sweep `STAGE/POINT`."""
     after: tuple[str, ...] | None = None
-    """Stages that must have ended well. None: the one of `from`, else the one before; [] is none."""
+    """Stages that must have ended well. None: those of `from` and `teacher`, else the one before; [] is none."""
     nodes: Annotated[tuple[int, int] | None, PlainValidator(_nodes)] = None
-    """Fewest and most; None: `cluster.nodes` of the config."""
+    """Fewest and most; None: `cluster.nodes` of the config. On this machine it is one."""
     ranks: PositiveInt | None = None
     """Processes on each node; None: `cluster.ranks_per_node` of the config."""
     time: Text | None = None
-    """Time limit of one job; None: the site's."""
+    """Time limit of one job; None: the site's. On this machine there is none."""
     sweep: dict[str, tuple[Any, ...]] = Field(default={})
     """Option → values: a run for each combination."""
     seeds: PositiveInt | None = None
@@ -81,12 +86,12 @@ class PipelineConfig(Section):
     runs: str = "runs"
     """Folder of pipelines and runs, relative to the working directory."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
-    """In any order that `from` allows."""
+    """In any order that `from` and `teacher` allow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage that can be submitted."""
+    """A stage that can be started or submitted."""
 
     name: str
     root: Path
@@ -99,6 +104,8 @@ class Stage:
     source: Path | None
     """Where the model will be that it goes on with: until then its model and tokenizer cannot be looked at. None: it
     waits for none."""
+    teacher: Path | None
+    """Where the model will be that teaches it. None: it waits for none."""
     nodes: tuple[int, int] | None
     time: str | None
 
@@ -124,13 +131,14 @@ def is_pipeline(path: Path) -> bool:
     return isinstance(data, dict) and "stages" in data
 
 
-def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+def read_pipeline(path: Path, overrides: Sequence[str] = (), *, here: bool = False) -> Pipeline:
     """The pipeline of the file, the configs of all its stages loaded and checked.
 
-    What needs the model of an earlier stage is left to the job that goes on with it.
+    What needs the model of an earlier stage is left to the start of the one that goes on with it.
 
     Args:
         overrides: of every stage, on top of its own.
+        here: for this machine alone: a range of nodes that begins with 1 is one node.
 
     Raises:
         ConfigError: with everything that is wrong, in the file and in the configs of its stages.
@@ -141,7 +149,7 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     stages: dict[str, Stage] = {}
     for index, stage in enumerate(config.stages):
         try:
-            stages[stage.name] = _stage(path, root, config, index, overrides)
+            stages[stage.name] = _stage(path, root, config, index, overrides, here)
         except ConfigError as error:
             where = "" if error.source == "the sweep" else f"{error.source}: "
             problems += [
@@ -189,8 +197,9 @@ def _problems(config: PipelineConfig) -> Iterator[Problem]:
             yield f"{here}.name", why
         if stage.name in names[:index]:
             yield f"{here}.name", f"is {stage.name!r}, as an earlier stage is; give each its own"
-        if stage.from_ is not None and (why := _bad_source(config, index)):
-            yield f"{here}.from", why
+        for option, source in _sources(stage).items():
+            if why := _bad_source(config, index, source):
+                yield f"{here}.{option}", why
         for name in stage.after or ():
             if name not in names:
                 yield f"{here}.after", f"names {name!r}, and there is no such stage; there are {', '.join(names)}"
@@ -198,8 +207,9 @@ def _problems(config: PipelineConfig) -> Iterator[Problem]:
             option = override.partition("=")[0].strip()
             if option in _OF_THE_PIPELINE:
                 yield f"{here}.set", f"sets `{option}`, which the pipeline does; use `name`, `nodes` and `ranks` of it"
-            elif option == "model.pretrained" and stage.from_ is not None:
-                yield f"{here}.set", "sets `model.pretrained`, and `from` does too; leave one out"
+            for given in _sources(stage):
+                if option == _SETS[given]:
+                    yield f"{here}.set", f"sets `{option}`, and `{given}` does too; leave one out"
     waits = _waits(config)
     try:
         in_order({name: [other for other in after if other in names] for name, after in waits.items()})
@@ -215,8 +225,13 @@ def _bad_name(name: str) -> str | None:
     return None
 
 
-def _bad_source(config: PipelineConfig, index: int) -> str | None:
-    source = str(config.stages[index].from_)
+def _sources(stage: StageConfig) -> dict[str, str]:
+    """The earlier stages whose models it needs, as it names them, by option."""
+    given = {"from": stage.from_, "teacher": stage.teacher}
+    return {option: source for option, source in given.items() if source is not None}
+
+
+def _bad_source(config: PipelineConfig, index: int, source: str) -> str | None:
     name, slash, _ = source.partition("/")
     earlier = {stage.name: stage for stage in config.stages[:index]}
     if name not in earlier:
@@ -234,14 +249,17 @@ def _earlier(names: Sequence[str]) -> str:
 
 
 def _sources_that_are_no_run(config: PipelineConfig, stages: dict[str, Stage]) -> Iterator[Problem]:
-    """`from: STAGE/POINT` where the sweep has no such point."""
+    """`STAGE/POINT` where the sweep has no such point."""
     for index, stage in enumerate(config.stages):
-        name, _, point = (stage.from_ or "").partition("/")
-        if point and name in stages and (sweep := stages[name].sweep) is not None:
+        for option, source in _sources(stage).items():
+            name, _, point = source.partition("/")
+            if not point or name not in stages or (sweep := stages[name].sweep) is None:
+                continue
             points = [each.name for each in sweep.points]
             if point not in points:
                 close = difflib.get_close_matches(point, points, n=1, cutoff=0)
-                yield f"stages.{index}.from", f"names {point!r}, which is no point of {name}; did you mean {close[0]}?"
+                text = f"names {point!r}, which is no point of {name}; did you mean {close[0]}?"
+                yield f"stages.{index}.{option}", text
 
 
 def _waits(config: PipelineConfig) -> dict[str, list[str]]:
@@ -249,9 +267,9 @@ def _waits(config: PipelineConfig) -> dict[str, list[str]]:
     waits: dict[str, list[str]] = {}
     before: str | None = None
     for stage in config.stages:
-        source = [stage.from_.partition("/")[0]] if stage.from_ is not None else []
-        default = source or ([] if before is None else [before])
-        waits[stage.name] = list(dict.fromkeys([*(default if stage.after is None else stage.after), *source]))
+        sources = [source.partition("/")[0] for source in _sources(stage).values()]
+        default = sources or ([] if before is None else [before])
+        waits[stage.name] = list(dict.fromkeys([*(default if stage.after is None else stage.after), *sources]))
         before = stage.name
     return waits
 
@@ -276,12 +294,13 @@ def in_order(waits: dict[str, list[str]]) -> list[str]:
     return result
 
 
-def _stage(path: Path, root: Path, config: PipelineConfig, index: int, overrides: Sequence[str]) -> Stage:
+def _stage(path: Path, root: Path, config: PipelineConfig, index: int, overrides: Sequence[str], here: bool) -> Stage:
     stage = config.stages[index]
-    source = None if stage.from_ is None else RunFiles(root / stage.from_).export
+    if here and stage.nodes is not None and stage.nodes[0] == 1:
+        stage = stage.model_copy(update={"nodes": (1, 1)})
+    exports = {option: RunFiles(root / source).export for option, source in _sources(stage).items()}
     given = [*stage.set, *overrides, f"name={as_yaml(stage.name)}", f"runs={as_yaml(str(root))}"]
-    if source is not None:
-        given.append(f"model.pretrained={as_yaml(str(source))}")
+    given += [f"{_SETS[option]}={as_yaml(str(export))}" for option, export in exports.items()]
     file = Path(os.path.normpath(path.absolute().parent / Path(stage.config).expanduser()))
     sweep, requests = _for_some_nodes(stage, file, given)
     return Stage(
@@ -290,7 +309,8 @@ def _stage(path: Path, root: Path, config: PipelineConfig, index: int, overrides
         requests=tuple(requests),
         sweep=sweep,
         after=tuple(_waits(config)[stage.name]),
-        source=source,
+        source=exports.get("from"),
+        teacher=exports.get("teacher"),
         nodes=stage.nodes,
         time=stage.time,
     )

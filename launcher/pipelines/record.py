@@ -1,4 +1,5 @@
-"""What is noted of a pipeline in its folder: `RUNS/PIPELINE/pipeline.json`, its stages and their jobs."""
+"""What is noted of a pipeline in its folder: `RUNS/PIPELINE/pipeline.json`, its stages, and their jobs where it was
+submitted."""
 
 from __future__ import annotations
 
@@ -12,8 +13,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from launcher.run_directory import LOCK_FILE, write_atomically
-from launcher.slurm.submission import read_submission
-from launcher.start import completed_before
 from trainer.config.section import Section
 from trainer.errors import RunDirectoryError
 
@@ -30,7 +29,7 @@ class StageRecord(Section):
     root: str
     """Its run directory, or the folder of its sweep."""
     runs: tuple[str, ...]
-    """Directories of the runs that were submitted last, in the order of the array."""
+    """Directories of the runs that were started or submitted last, in the order of the array."""
     after: tuple[str, ...]
     """Names of the stages that it waits for."""
     job: str = ""
@@ -44,25 +43,7 @@ class PipelineRecord(Section):
     file: str
     """Where it was read from, absolute."""
     stages: tuple[StageRecord, ...]
-    """In the order in which they were submitted."""
-
-
-def job_of_runs(stage: StageRecord) -> dict[Path, str]:
-    """Run → id of its job, in an array `123_4`; of chained jobs the newest link. Empty: the stage has none."""
-    found: dict[Path, str] = {}
-    for index, run in enumerate(map(Path, stage.runs) if stage.job else ()):
-        submission = read_submission(run)
-        first = stage.job if len(stage.runs) == 1 else f"{stage.job}_{index}"
-        found[run] = first if submission is None or not submission.job else submission.job
-    return found
-
-
-def current_jobs(stage: StageRecord) -> tuple[str, ...]:
-    """Ids of the jobs whose good end is that of the stage: the array as a whole where it is one."""
-    jobs = job_of_runs(stage)
-    if list(jobs.values()) == [f"{stage.job}_{index}" for index in range(len(jobs))]:
-        return (stage.job,) if jobs else ()
-    return tuple(job for run, job in jobs.items() if completed_before(run) is None)
+    """In the order in which they begin."""
 
 
 def read_record(root: Path) -> PipelineRecord | None:

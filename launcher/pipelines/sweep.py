@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from launcher.pipelines.points import Axis, Point, Problem, as_yaml, points_of, read_axes, refused
 from launcher.run_directory import LOCK_FILE, write_atomically
-from launcher.slurm.points import Axis, Point, Problem, as_yaml, points_of, read_axes, refused
 from launcher.start import Request, read_request
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config

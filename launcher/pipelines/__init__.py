@@ -1,0 +1,1 @@
+"""Several runs at once: sweeps, and pipelines whose stages follow one another."""

@@ -1,0 +1,54 @@
+"""How far the stages of a pipeline have come, as their folders say it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.pipelines.stages import Pipeline, Stage
+from launcher.run_directory import differences, has_trained
+from launcher.start import completed_before, is_exported
+from trainer.config.files import RunFiles
+from trainer.config.load import read_run_config
+from trainer.errors import RunDirectoryError
+
+
+def needed_exports(pipeline: Pipeline) -> frozenset[Path]:
+    """The exports that later stages go on with or are taught by."""
+    return frozenset(path for stage in pipeline.stages for path in (stage.source, stage.teacher) if path is not None)
+
+
+def is_done(root: Path, needed: frozenset[Path]) -> bool:
+    """Complete, and exported where a later stage needs that."""
+    return completed_before(root) is not None and (RunFiles(root).export not in needed or is_exported(root))
+
+
+def whence(pipeline: Pipeline, stage: Stage) -> str:
+    """What the stage begins with, as the end of a sentence; empty: nothing of an earlier one."""
+    parts = (("going on with", stage.source), ("taught by", stage.teacher))
+    return "".join(f", {how} {os.path.relpath(path, pipeline.root)}" for how, path in parts if path is not None)
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def refuse_other_configs(pipeline: Pipeline) -> None:
+    """
+    Raises:
+        RunDirectoryError: a run of a stage was trained with options that it no longer has.
+    """
+    for stage in pipeline.stages:
+        for request in stage.requests:
+            if not (has_trained(request.root) and RunFiles(request.root).config.exists()):
+                continue
+            found = differences(read_run_config(request.root), request.config)
+            if changed := [difference for difference in found if not difference.harmless]:
+                lines = "\n".join(f"  {difference}" for difference in changed)
+                raise RunDirectoryError(
+                    f"{request.root} holds a run with another config:\n{lines}\n"
+                    f"use another name for the stage {stage.name} or for the pipeline, or --fresh, which moves the old "
+                    "runs aside"
+                )
