@@ -101,8 +101,8 @@ def test_a_scale_that_the_configuration_does_not_tell_is_refused() -> None:
 
 def test_a_head_that_is_no_linear_map_is_refused() -> None:
     class Squared(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) ** 2
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return super().forward(*inputs) ** 2
 
     model = build("llama")
     model.lm_head = Squared(16, 260)
@@ -120,9 +120,9 @@ def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
     head = find_head(model)
 
     def fail(_hidden: Tensor, _head: Head) -> Tensor:
-        raise ValueError
+        raise ValueError("no loss")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no loss"):
         head.run(model, {"input_ids": IDS}, fail)
     assert model(input_ids=IDS).logits.shape == (2, 7, 260)
     assert not head.module._forward_hooks
