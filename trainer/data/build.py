@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import xxhash
 
 from trainer.config.schema import DataConfig
 from trainer.data import tokenize
-from trainer.data.clean import EXACT, NEAR, Cleaned, clean
+from trainer.data.classes import Met, are_labelled, check_chosen, class_entropy, settle
+from trainer.data.clean import CONFLICT, EXACT, NEAR, Cleaned, clean
 from trainer.data.corpus import Document, Source
 from trainer.data.duplicates import NearDuplicates
 from trainer.data.pool import Pool
@@ -66,11 +67,17 @@ class Part:
     bytes: int = 0
     lengths: array[int] = field(default_factory=lambda: array("q"))
     """UTF-8 bytes of each document."""
+    labels: array[int] = field(default_factory=lambda: array("q"))
+    """Of each document: the number of its class in the order in which classes were met; −1: none."""
 
     @property
     def text(self) -> Path:
         """All documents, one after the other; gone when the build is done."""
         return self.stem.with_suffix(".text")
+
+    def count(self, num_classes: int) -> IntArray:
+        """Documents of each class as it was met, [num_classes]."""
+        return np.bincount(np.frombuffer(self.labels, dtype=np.int64), minlength=num_classes)
 
     def starts(self) -> IntArray:
         return np.cumsum(np.concatenate([[0], np.frombuffer(self.lengths, dtype=np.int64)]), dtype=np.int64)
@@ -96,15 +103,18 @@ def build(
         files: (name, hash) of the files of each source.
 
     Raises:
-        DataError: a document cannot be read, or none is left.
+        DataError: a document cannot be read, none is left, or the classes of the documents cannot be learned.
     """
+    labelled = are_labelled(sources)
     for split in SPLITS:
         (folder / split).mkdir()
     workers = config.workers or len(os.sched_getaffinity(0))
     worthwhile = sum(source.num_bytes for source in sources) // _BYTES_WORTH_A_WORKER
     with Pool(max(1, min(workers, worthwhile))) as pool:
-        parts, tallies = _clean(folder, config, sources, pool, progress)
+        met = Met()
+        parts, tallies = _clean(folder, config, sources, met, pool, progress)
         _refuse_empty(parts, tallies)
+        classes, numbers = settle(met.names, *_by_class(parts, len(met.names))) if labelled else ((), None)
         training = [part for part in parts if part.split == "train"]
         progress("tokenizer", 0, None)
         vocabulary = tokenize.save(
@@ -112,11 +122,16 @@ def build(
             folder / "tokenizer",
             (text for part in training for text in part.texts()),
             sum(part.characters for part in training),
+            labelled=labelled,
         )
-        arrays, counts = _tokenise(folder, parts, vocabulary, pool, progress)
+        arrays, counts = _tokenise(folder, parts, vocabulary, numbers, pool, progress)
     backend = (folder / "tokenizer" / "tokenizer.json").read_bytes()
     content = [FORMAT, vocabulary.eos_id, xxhash.xxh3_128_hexdigest(backend)]
     content += [[entry["source"], entry["split"], entry["digest"]] for entry in arrays]
+    known: dict[str, Any] = {}
+    if vocabulary.frame is not None:
+        known = {"classes": classes, "frame": asdict(vocabulary.frame)}
+        content.append(known)
     manifest = {
         "format": FORMAT,
         "key": key,
@@ -143,8 +158,11 @@ def build(
         },
         "dtype": vocabulary.dtype.name,
         "arrays": arrays,
-        "unigram_entropy": unigram_entropy(counts["train"], counts["held_out"]),
+        "unigram_entropy": None if labelled else unigram_entropy(counts["train"], counts["held_out"]),
+        **known,
     }
+    if numbers is not None:
+        manifest["class_entropy"] = class_entropy(*(_renumbered(n, numbers) for n in _by_class(parts, len(numbers))))
     with (folder / "manifest.json").open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -165,7 +183,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         chunk.append(document)
-        characters += len(document[1])
+        characters += len(document.text)
         if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
             yield chunk
             chunk, characters = [], 0
@@ -174,13 +192,14 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _clean(
-    folder: Path, config: DataConfig, sources: Sequence[Source], pool: Pool, progress: Progress
+    folder: Path, config: DataConfig, sources: Sequence[Source], met: Met, pool: Pool, progress: Progress
 ) -> tuple[list[Part], list[Tally]]:
     known = [source.num_documents for source in sources]
     total = None if None in known else sum(filter(None, known))
     parts: list[Part] = []
     tallies: list[Tally] = []
-    exact: set[int] = set()
+    exact: dict[int, int] = {}
+    """Digest of a text → number of its class."""
     near = NearDuplicates(config.clean.near_duplicates) if config.clean.near_duplicates is not None else None
     for index, source in enumerate(sources):
         tally = Tally()
@@ -192,7 +211,9 @@ def _clean(
             names = {
                 split: stack.enter_context(part.stem.with_suffix(".names").open("wb")) for split, part in own.items()
             }
-            for documents, signatures in pool.map(partial(clean, config=config.clean), _chunks(source.documents())):
+            wash = partial(clean, config=config.clean, classes=source.config.classes)
+            seen: set[str] = set()
+            for documents, signatures in pool.map(wash, _chunks(source.documents())):
                 row = -1
                 for document in documents:
                     tally.documents += 1
@@ -200,9 +221,14 @@ def _clean(
                     tally.repaired.update(document.repairs)
                     rule = document.rule
                     row += rule is None
+                    if document.label is not None:
+                        seen.add(document.label)
+                    number = met.number(document.label)
                     if rule is None and config.clean.exact_duplicates:
-                        rule = EXACT if document.digest in exact else None
-                        exact.add(document.digest)
+                        if document.digest in exact:
+                            rule = EXACT if exact[document.digest] == number else CONFLICT
+                        else:
+                            exact[document.digest] = number
                     if rule is None and near is not None and signatures is not None:
                         if near.find(signatures[row]) is None:
                             near.add(signatures[row])
@@ -212,16 +238,35 @@ def _clean(
                         tally.remove(rule, document)
                         continue
                     # by the text alone: a document stays in its split when others come and go
-                    split = "held_out" if document.digest < config.held_out * 2**128 else "train"
-                    part = own[split]
+                    hashed = "held_out" if document.digest < config.held_out * 2**128 else "train"
+                    part = own[hashed if source.config.use == "both" else source.config.use]
+                    split = part.split
                     texts[split].write(document.text)
                     name = document.name.replace("\n", " ").replace("\r", " ")
                     names[split].write(name.encode("utf-8", "backslashreplace") + b"\n")
                     part.lengths.append(len(document.text))
+                    part.labels.append(number)
                     part.characters += document.num_characters
                     part.bytes += len(document.text)
                 progress("cleaning", sum(each.documents for each in tallies), total)
+            check_chosen(source, seen)
     return parts, tallies
+
+
+def _by_class(parts: Sequence[Part], num_classes: int) -> tuple[IntArray, IntArray]:
+    """Documents of each class as it was met, of the train and of the held-out split, each [num_classes]."""
+    totals = {split: np.zeros(num_classes, dtype=np.int64) for split in SPLITS}
+    for part in parts:
+        totals[part.split] += part.count(num_classes)
+    return totals["train"], totals["held_out"]
+
+
+def _renumbered(counts: IntArray, numbers: IntArray) -> IntArray:
+    """Documents of each class in its final place, from those of each class as it was met."""
+    stays = numbers >= 0
+    result = np.zeros(int(stays.sum()), dtype=np.int64)
+    result[numbers[stays]] = counts[stays]
+    return result
 
 
 def _refuse_empty(parts: Sequence[Part], tallies: Sequence[Tally]) -> None:
@@ -236,9 +281,18 @@ def _refuse_empty(parts: Sequence[Part], tallies: Sequence[Tally]) -> None:
 
 
 def _tokenise(
-    folder: Path, parts: Sequence[Part], vocabulary: Vocabulary, pool: Pool, progress: Progress
+    folder: Path,
+    parts: Sequence[Part],
+    vocabulary: Vocabulary,
+    numbers: IntArray | None,
+    pool: Pool,
+    progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, IntArray]]:
-    """Token and offset files; returns the manifest's entry of each part, and each split's count of every token."""
+    """Token, offset and label files; returns the manifest's entry of each part, and each split's count of every token.
+
+    Args:
+        numbers: the number of each class as it was met, [met]; None where there are no classes.
+    """
     counts = {split: np.zeros(vocabulary.size, dtype=np.int64) for split in SPLITS}
     total, done = sum(len(part.lengths) for part in parts), 0
     arrays = []
@@ -260,18 +314,21 @@ def _tokenise(
         digest.update(offsets.data)
         np.save(part.stem.with_suffix(".offsets.npy"), offsets)
         part.text.unlink()
-        arrays.append(
-            {
-                "source": part.source,
-                "split": part.split,
-                "documents": len(part.lengths),
-                "characters": part.characters,
-                "bytes": part.bytes,
-                "tokens": int(offsets[-1]),
-                "unknown_tokens": unknown,
-                "digest": digest.hexdigest(),
-            }
-        )
+        entry = {
+            "source": part.source,
+            "split": part.split,
+            "documents": len(part.lengths),
+            "characters": part.characters,
+            "bytes": part.bytes,
+            "tokens": int(offsets[-1]),
+            "unknown_tokens": unknown,
+        }
+        if numbers is not None:
+            labels = numbers[np.frombuffer(part.labels, dtype=np.int64)]
+            np.save(part.stem.with_suffix(".labels.npy"), labels)
+            digest.update(labels.data)
+            entry["classes"] = _renumbered(part.count(len(numbers)), numbers).tolist()
+        arrays.append({**entry, "digest": digest.hexdigest()})
     return arrays, counts
 
 
@@ -281,7 +338,7 @@ def _tasks(part: Part, tokenizer: Path, vocabulary: Vocabulary) -> Iterator[Enco
     while begin < len(part.lengths):
         end = int(np.searchsorted(starts, starts[begin] + _CHUNK_CHARACTERS))
         end = min(max(end, begin + 1), begin + _CHUNK_DOCUMENTS, len(part.lengths))
-        yield EncodeTask(tokenizer, part.text, starts[begin : end + 1], vocabulary)
+        yield EncodeTask(tokenizer, part.text, starts[begin : end + 1], vocabulary, end=vocabulary.frame is None)
         begin = end
 
 

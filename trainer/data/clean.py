@@ -22,7 +22,9 @@ UNDECODABLE, UNICODE = "undecodable bytes replaced", "unicode repaired"
 TOO_SHORT, TOO_LONG = "shorter than min_characters", "longer than max_characters"
 FEW_LETTERS, REPETITION = "fewer letters than min_letters", "more repetition than max_repetition"
 EXACT, NEAR = "exact duplicate", "near duplicate"
-RULES = (TOO_SHORT, TOO_LONG, FEW_LETTERS, REPETITION, EXACT, NEAR)
+OTHER_CLASS, CONFLICT = "not of the chosen classes", "conflicting labels"
+"""`CONFLICT`: equal to an earlier document that is of another class."""
+RULES = (OTHER_CLASS, TOO_SHORT, TOO_LONG, FEW_LETTERS, REPETITION, EXACT, CONFLICT, NEAR)
 """Reasons for leaving a document out, in the order in which they are tried."""
 
 _CONTROLS = bytes(code for code in (*range(32), 127) if chr(code) not in "\t\n")
@@ -49,21 +51,27 @@ class Cleaned:
     """The rule that leaves it out."""
     digest: int
     """128-bit hash of the text."""
+    label: str | None = None
 
 
-def clean(documents: Sequence[Document], config: CleanConfig) -> tuple[list[Cleaned], NDArray[np.uint32] | None]:
+def clean(
+    documents: Sequence[Document], config: CleanConfig, classes: Sequence[str] = ()
+) -> tuple[list[Cleaned], NDArray[np.uint32] | None]:
     """The documents, repaired and judged one by one, and the MinHash signatures of those that stay.
+
+    Args:
+        classes: documents of others are left out. Empty: none are.
 
     Returns:
         One record a document; signatures [documents that stay, permutations], None where nobody asks for them.
     """
     results, kept = [], []
-    for name, raw in documents:
+    for name, raw, label in documents:
         text, repairs = repair(raw, config)
         data = text.encode()
-        rule = judge(text, data, config)
+        rule = OTHER_CLASS if classes and label not in classes else judge(text, data, config)
         digest = xxhash.xxh3_128_intdigest(data)
-        results.append(Cleaned(name, b"" if rule else data, len(text), repairs, rule, digest))
+        results.append(Cleaned(name, b"" if rule else data, len(text), repairs, rule, digest, label))
         if not rule:
             kept.append(text)
     return results, duplicates.signatures(kept) if config.near_duplicates is not None else None

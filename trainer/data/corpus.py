@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config.schema import SourceConfig
 from trainer.data.formats import Record, kind_of, read_records, read_text
 from trainer.errors import DataError
 
-Document = tuple[str, str]
-"""(name, text); the text may hold lone surrogates where bytes could not be decoded."""
+
+class Document(NamedTuple):
+    """One text of a source."""
+
+    name: str
+    text: str
+    """May hold lone surrogates where bytes could not be decoded."""
+    label: str | None = None
+    """Name of its class, where the source has one."""
+
+
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _ROWS = 1024
 
@@ -50,36 +59,47 @@ class Source:
         """Each document of the source.
 
         Raises:
-            DataError: a file is unreadable or binary, or a record lacks a column.
+            DataError: a file is unreadable or binary, or a record lacks a column or its class.
         """
         if self.dataset is not None:
             yield from self._texts(self.name, self._rows(), self.dataset.column_names)
             return
         for name, path in self.files:
             if kind_of(path) == "text":
-                if self.config.column or self.config.template:
+                if self.config.column or self.config.template or self.config.label:
                     raise DataError(
                         f"source {self.name}: {name} is plain text without columns: "
-                        "leave out `column` and `template`, or put it into a source of its own"
+                        "leave out `column`, `template` and `label`, or put it into a source of its own"
                     )
-                yield name, read_text(path, name)
+                yield Document(name, read_text(path, name))
             else:
-                columns = None if self.config.template else [self._column]
-                yield from self._texts(name, read_records(path, name, columns))
+                yield from self._texts(name, read_records(path, name, self._columns))
 
     @property
     def _column(self) -> str:
         return self.config.column or "text"
 
+    @property
+    def _columns(self) -> list[str] | None:
+        """Columns that are read; None: a template may ask for any."""
+        if self.config.template:
+            return None
+        return [self._column, *([self.config.label] if self.config.label else [])]
+
     def _rows(self) -> Iterator[tuple[int, Record]]:
         dataset = self.dataset
-        if not self.config.template and self._column in dataset.column_names:
-            dataset = dataset.select_columns([self._column])
+        names = getattr(dataset.features.get(self.config.label), "names", None)
+        if self._columns and set(self._columns) <= set(dataset.column_names):
+            dataset = dataset.select_columns(self._columns)
         number = 0
         for batch in dataset.iter(batch_size=_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield number, dict(zip(batch, values, strict=True))
+                record = dict(zip(batch, values, strict=True))
+                if names and self.config.label and isinstance(place := record.get(self.config.label), int):
+                    # the hub stores the number of a class beside a list of names; −1: not told
+                    record[self.config.label] = names[place] if 0 <= place < len(names) else None
+                yield number, record
 
     def _texts(
         self, name: str, records: Iterable[tuple[int, Record]], columns: Sequence[str] | None = None
@@ -87,15 +107,32 @@ class Source:
         render = _renderer(self.config.template, self.name) if self.config.template else None
         for number, record in records:
             where = f"{name}:{number}"
+            label = self._label(record, where, columns) if self.config.label else None
             if render:
-                yield where, render(record, where)
+                yield Document(where, render(record, where), label)
                 continue
-            if self._column not in record:
-                raise DataError(f"{where} has no column {self._column!r}: {_nearest(self._column, columns or record)}")
-            text = record[self._column]
+            text = _value(record, self._column, where, columns)
             if not isinstance(text, str | None):
                 raise DataError(f"{where}: column {self._column!r} holds {type(text).__name__}, not text")
-            yield where, text or ""
+            yield Document(where, text or "", label)
+
+    def _label(self, record: Record, where: str, columns: Sequence[str] | None) -> str:
+        assert self.config.label is not None
+        value = _value(record, self.config.label, where, columns)
+        if not isinstance(value, str | int | None):
+            found = type(value).__name__
+            raise DataError(f"{where}: column {self.config.label!r} holds {found}, not a name or a whole number")
+        # a name goes into the model's configuration: one line, in characters that UTF-8 has
+        name = "" if value is None else " ".join(str(value).encode("utf-8", "replace").decode().split())
+        if not name:
+            raise DataError(f"{where} has no class: column {self.config.label!r} is empty; fill it in, or leave it out")
+        return name
+
+
+def _value(record: Record, column: str, where: str, columns: Sequence[str] | None) -> Any:
+    if column not in record:
+        raise DataError(f"{where} has no column {column!r}: {_nearest(column, columns or record)}")
+    return record[column]
 
 
 def _nearest(wanted: str, columns: Iterable[str]) -> str:
@@ -195,10 +232,11 @@ def _hub(config: SourceConfig, identifier: str, base: Path) -> Source:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"hub dataset {identifier!r} cannot be loaded: {reason}") from error
-    if config.template is None and (config.column or "text") not in dataset.column_names:
-        wanted = config.column or "text"
-        raise DataError(
-            f"hub dataset {identifier!r} has no column {wanted!r}: {_nearest(wanted, dataset.column_names)}"
-        )
+    needed = [config.column or "text"] if config.template is None else []
+    for wanted in needed + ([config.label] if config.label else []):
+        if wanted not in dataset.column_names:
+            raise DataError(
+                f"hub dataset {identifier!r} has no column {wanted!r}: {_nearest(wanted, dataset.column_names)}"
+            )
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if is_folder else []
     return Source(name, config, tuple((str(path.relative_to(folder)), path) for path in files), dataset)

@@ -101,6 +101,8 @@ def _plan(config: DataConfig, base: Path, tokenizer_fallback: str | None, trust_
         "sources": [
             # how often a source is seen is decided when samples are read
             {"name": source.name, "files": own, **source.config.model_dump(include={"column", "template", "split"})}
+            # absent where they say nothing: data that was prepared before there were these options stays what it is
+            | source.config.model_dump(include={"label", "classes", "use"}, exclude_defaults=True)
             for source, own in zip(sources, files, strict=True)
         ],
         "clean": config.clean.model_dump(),

@@ -11,9 +11,11 @@ import numpy as np
 
 from trainer.data import tokenize
 from trainer.data.build import FORMAT
+from trainer.data.labelled import LabelledSamples
 from trainer.data.samples import Boundaries, Samples, SourceTokens
-from trainer.data.tokenize import Vocabulary
+from trainer.data.tokenize import Frame, Vocabulary
 from trainer.errors import DataError
+from trainer.records import Classes
 
 Split = Literal["train", "held_out"]
 
@@ -28,6 +30,9 @@ class Prepared:
         """Passes over each source in an epoch."""
         known = manifest["vocabulary"]
         self._vocabulary = Vocabulary(known["size"], known["eos_id"], known["mask_id"], tuple(known["special_ids"]))
+        self._frame: Frame | None = None
+        if (frame := manifest.get("frame")) is not None:
+            self._frame = Frame(tuple(frame["prefix"]), tuple(frame["suffix"]), frame["pad_id"])
 
     @classmethod
     def open(cls, path: Path, weights: Sequence[float] | None = None) -> Prepared:
@@ -54,11 +59,12 @@ class Prepared:
 
     def _expected_sizes(self, entry: dict[str, Any]) -> list[tuple[Path, int]]:
         stem = self._stem(entry)
-        return [
+        sizes = [
             (stem.with_suffix(".tokens"), entry["tokens"] * np.dtype(self._manifest["dtype"]).itemsize),
             (stem.with_suffix(".offsets.npy"), (entry["documents"] + 1) * 8),
             (stem.with_suffix(".names"), entry["documents"]),
         ]
+        return sizes + ([(stem.with_suffix(".labels.npy"), entry["documents"] * 8)] if self._frame else [])
 
     def _stem(self, entry: dict[str, Any]) -> Path:
         return self.path / str(entry["split"]) / f"{entry['source']:03d}"
@@ -92,8 +98,14 @@ class Prepared:
         return self._vocabulary.mask_id
 
     @property
+    def classes(self) -> Classes | None:
+        """Of labelled documents; None where they have none."""
+        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id) if self._frame else None
+
+    @property
     def unigram_entropy(self) -> float | None:
-        """Nats per held-out token under the train split's unigrams (add-one smoothing); None without tokens."""
+        """Nats per held-out token under the train split's unigrams (add-one smoothing); None without tokens
+        and for labelled documents."""
         value = self._manifest["unigram_entropy"]
         return None if value is None else float(value)
 
@@ -119,28 +131,44 @@ class Prepared:
     def report(self) -> dict[str, Any]:
         """What was read, repaired, removed and kept, for printing and for the run's records."""
         sources = []
+        numbers = ["documents", "characters", "bytes", "tokens", "unknown_tokens"]
+        numbers += ["classes"] if self._frame else []
         for index, source in enumerate(self._manifest["sources"]):
             kept = {entry["split"]: entry for entry in self._manifest["arrays"] if entry["source"] == index}
-            numbers = ("documents", "characters", "bytes", "tokens", "unknown_tokens")
             sources.append(
                 {name: source[name] for name in ("name", "documents", "characters", "repaired", "removed")}
                 | {split: {name: entry[name] for name in numbers} for split, entry in kept.items()}
             )
-        return {
+        result = {
             "path": str(self.path),
             "fingerprint": self.fingerprint,
             "vocabulary": self.vocabulary,
             "unigram_entropy": self.unigram_entropy,
             "sources": sources,
         }
+        if self._frame:
+            result |= {name: self._manifest[name] for name in ("classes", "class_entropy")}
+            result["padding"] = tokenize.decoder(self.tokenizer_path).id_to_token(self._frame.pad_id)
+        return result
+
+    def report_at(self, sequence_length: int) -> dict[str, Any]:
+        """`report`, and of labelled documents how many are longer than a sample: `cut` by split."""
+        if not self._frame:
+            return self.report
+        cut = {}
+        splits: tuple[Split, ...] = ("train", "held_out")
+        for split in splits:
+            samples = self.samples(split, sequence_length, "join") if self.total("documents", split) else None
+            cut[split] = samples.num_cut if isinstance(samples, LabelledSamples) else 0
+        return self.report | {"sequence_length": sequence_length, "cut": cut}
 
     def samples(self, split: Split, sequence_length: int, boundaries: Boundaries) -> Samples:
-        """The samples of a split.
+        """The samples of a split; of labelled documents :class:`LabelledSamples`.
 
         Raises:
             DataError: the split has none.
         """
-        sources = []
+        sources, labels = [], []
         for entry in self._manifest["arrays"]:
             if entry["split"] == split:
                 stem = self._stem(entry)
@@ -154,13 +182,17 @@ class Prepared:
                 name = self._manifest["sources"][entry["source"]]["name"]
                 weight = self.weights[entry["source"]]
                 sources.append(SourceTokens(name, weight, tokens, offsets, stem.with_suffix(".names")))
-        return Samples(
-            sources,
-            sequence_length=sequence_length,
-            boundaries=boundaries,
-            eos_id=self.eos_id,
-            mask_id=self.mask_id,
-            ordinary_ids=self._vocabulary.ordinary_ids,
-            decode=lambda ids: tokenize.decoder(self.tokenizer_path).decode(ids, skip_special_tokens=False),
-            split=split,
-        )
+                if self._frame:
+                    labels.append(np.asarray(np.load(stem.with_suffix(".labels.npy"), mmap_mode="r")))
+        common: dict[str, Any] = {
+            "sequence_length": sequence_length,
+            "boundaries": boundaries,
+            "eos_id": self.eos_id,
+            "mask_id": self.mask_id,
+            "ordinary_ids": self._vocabulary.ordinary_ids,
+            "decode": lambda ids: tokenize.decoder(self.tokenizer_path).decode(ids, skip_special_tokens=False),
+            "split": split,
+        }
+        if self._frame:
+            return LabelledSamples(sources, labels, classes=self._manifest["classes"], frame=self._frame, **common)
+        return Samples(sources, **common)

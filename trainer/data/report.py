@@ -16,9 +16,8 @@ def table(report: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    entropy = report["unigram_entropy"]
-    known = f"unigram entropy {entropy:.3f} nats a token" if entropy is not None else "no held-out split"
-    result = Table(box=None, caption=f"vocabulary {report['vocabulary']:,} · {known}", caption_justify="left")
+    caption = f"vocabulary {report['vocabulary']:,} · {_known(report)}"
+    result = Table(box=None, caption=caption, caption_justify="left")
     result.add_column("source", no_wrap=True, min_width=34)
     for name in ("documents", "characters", "train\ntokens", "held-out\ntokens"):
         result.add_column(name, justify="right")
@@ -41,4 +40,31 @@ def table(report: dict[str, Any]) -> Table:
             result.add_row("  text that the vocabulary cannot express", "", "", *unknown)
         result.add_row("  kept", f"{train['documents'] + held_out['documents']:,}",
                        f"{train['characters'] + held_out['characters']:,}")  # fmt: skip
+    if "classes" in report:
+        _add_classes(result, report)
     return result
+
+
+def _add_classes(result: Table, report: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    splits = ("train", "held_out")
+    by_source = {split: [source[split]["classes"] for source in report["sources"]] for split in splits}
+    counts = [[sum(numbers) for numbers in zip(*by_source[split], strict=True)] for split in splits]
+    result.add_section()
+    result.add_row(Text("class", style="bold"), "", "", "documents", "documents")
+    for number, name in enumerate(report["classes"]):
+        shares = (f"{of[number]:,} · {of[number] / max(1, sum(of)):.1%}" for of in counts)
+        result.add_row(Text(f"  {name}"), "", "", *shares)
+    if "cut" in report:
+        cut = (f"{report['cut'][split]:,}" for split in splits)
+        result.add_row(f"  longer than {report['sequence_length']} tokens, cut", "", "", *cut)
+
+
+def _known(report: dict[str, Any]) -> str:
+    if "classes" not in report:
+        entropy = report["unigram_entropy"]
+        return f"unigram entropy {entropy:.3f} nats a token" if entropy is not None else "no held-out split"
+    entropy = report["class_entropy"]
+    known = f"class entropy {entropy:.3f} nats a text" if entropy is not None else "no held-out split"
+    return f"{known} · padding {report['padding']}"

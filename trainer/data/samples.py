@@ -84,7 +84,7 @@ class Samples:
         self.mask_id = mask_id
         self.ordinary_ids = ordinary_ids
         self._decode = decode
-        self.sizes = tuple(-(-max(0, len(source.tokens) - 1) // sequence_length) for source in self.sources)
+        self.sizes = tuple(map(self._size, self.sources))
         """Samples of each source."""
         if not len(self):
             documents = sum(len(source.offsets) - 1 for source in self.sources)
@@ -103,15 +103,21 @@ class Samples:
     def _ends(self) -> IntArray:
         return np.cumsum(self.sizes)
 
-    def _by_source(self, ids: IntArray) -> list[tuple[SourceTokens, IntArray, IntArray]]:
-        """(source, rows of `ids` that are its samples, first token of each)."""
+    def _size(self, source: SourceTokens) -> int:
+        return -(-max(0, len(source.tokens) - 1) // self.sequence_length)
+
+    def _places(self, ids: IntArray) -> list[tuple[int, IntArray, IntArray]]:
+        """(index of a source, rows of `ids` that are its samples, number of each within the source)."""
         which = np.searchsorted(self._ends, ids, side="right")
         result = []
-        for index in np.unique(which):
+        for index in np.unique(which).tolist():
             rows = np.flatnonzero(which == index)
-            local = ids[rows] - (self._ends[index] - self.sizes[index])
-            result.append((self.sources[index], rows, local * self.sequence_length))
+            result.append((index, rows, ids[rows] - (self._ends[index] - self.sizes[index])))
         return result
+
+    def _by_source(self, ids: IntArray) -> list[tuple[SourceTokens, IntArray, IntArray]]:
+        """(source, rows of `ids` that are its samples, first token of each)."""
+        return [(self.sources[index], rows, local * self.sequence_length) for index, rows, local in self._places(ids)]
 
     def windows(self, ids: IntArray) -> Windows:
         """The samples `ids` as they lie in the files."""

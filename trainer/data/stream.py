@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.schema import ObjectiveConfig
+from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
+from trainer.data.on_policy import OnPolicy
 from trainer.data.order import Order, Quarantine
 from trainer.data.samples import IGNORED, Samples
-from trainer.errors import ConfigError, WorkerDiedError
+from trainer.errors import ConfigError, DataError, WorkerDiedError
 from trainer.records import Batch, IntArray
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -32,8 +34,12 @@ class Reader:
         """
         Raises:
             ConfigError: the masked objective is asked to keep attention inside documents.
-            DataError: the masked objective without a mask token.
+            DataError: the masked objective without a mask token; classification without classes.
         """
+        self._labelled = isinstance(samples, LabelledSamples)
+        if self._labelled != (objective.kind == "classification"):
+            found = "has classes" if self._labelled else "has no classes"
+            raise DataError(f"the data {found}, and objective.kind is {objective.kind}: see data.sources.0.label")
         if objective.kind == "masked" and samples.boundaries == "block":
             problem = (
                 "`block` needs a causal model: transformers derives no block-diagonal mask for the masked objective"
@@ -43,12 +49,17 @@ class Reader:
         self._masking = Masking(samples, objective.mask_fraction, seed) if objective.kind == "masked" else None
 
     def fetch(self, ids: IntArray, visits: IntArray) -> dict[str, IntArray]:
-        """Arrays [n, L] of the samples `ids`; `visits` [n] tells masks of the same sample apart."""
+        """Arrays [n, …] of the samples `ids`; `visits` [n] tells masks of the same sample apart."""
         return self._masking.fetch(ids, visits) if self._masking else self.samples.fetch(ids)
 
     def num_targets(self, ids: IntArray) -> int:
-        """Predicted tokens of `fetch(ids, …)`."""
+        """Labels of `fetch(ids, …)` that are no −100."""
         return self._masking.num_targets(ids) if self._masking else self.samples.num_targets(ids)
+
+    def micro_batch(self, arrays: dict[str, NDArray[Any]], rows: slice) -> dict[str, NDArray[Any]]:
+        """The rows of the arrays that are computed together, without columns that hold nothing but padding."""
+        chosen = {name: array[rows] for name, array in arrays.items()}
+        return trimmed(chosen) if self._labelled else chosen
 
 
 class Stream:
@@ -70,6 +81,7 @@ class Stream:
         prefetch: int = 2,
         reading: Callable[[int], None] = lambda _: None,
         annotate: Annotate | None = None,
+        on_policy: OnPolicy | None = None,
     ):
         """
         Args:
@@ -79,6 +91,7 @@ class Stream:
             reading: called with the index of a batch in the thread that is about to read it; what it raises ends it.
             annotate: called in that thread with what the objective's arrays are, before they are cut into
                 micro-batches; what it returns is put beside them.
+            on_policy: samples whose end the model is to write itself; None: none.
         """
         assert batch % (micro * ranks) == 0
         assert order.sizes == samples.sizes
@@ -87,6 +100,7 @@ class Stream:
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
         self._prefetch, self._reading, self._annotate = prefetch, reading, annotate
+        self._on_policy = on_policy
         self._ahead: _Ahead | None = None
         self.seek(next_batch)
 
@@ -151,13 +165,15 @@ class Stream:
         arrays: dict[str, NDArray[Any]] = {**self._reader.fetch(own, positions[mine.ravel()])}
         if self._annotate:
             arrays |= self._annotate(own, arrays)
+        if self._on_policy:
+            arrays |= self._on_policy.arrays(ids, positions, mine.ravel())
         return Batch(
             batch_index=index,
             epoch=self._order.epoch_of(int(positions[0])),
             samples=ids,
             num_targets=self._reader.num_targets(ids),
             micro_batches=tuple(
-                {name: array[start : start + self._micro] for name, array in arrays.items()}
+                self._reader.micro_batch(arrays, slice(start, start + self._micro))
                 for start in range(0, mine.size, self._micro)
             ),
         )
@@ -236,4 +252,4 @@ def evaluation_batches(
         places = (step * ranks + rank) * micro + np.arange(micro)
         arrays = reader.fetch(chosen[np.minimum(places, total - 1)], np.zeros(micro, dtype=np.int64))
         arrays["labels"][places >= total] = IGNORED
-        yield arrays
+        yield reader.micro_batch(arrays, slice(None))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ _MAX_CHARACTERS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What the tokenizer puts around one text of its own ([CLS] … [SEP]), and behind it to make it longer."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad_id: int
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """What the rest needs to know of a tokenizer."""
 
@@ -40,6 +49,8 @@ class Vocabulary:
     special_ids: tuple[int, ...]
     unknown_id: int | None = None
     """Stands for text that the vocabulary cannot express; None where it can express all."""
+    frame: Frame | None = None
+    """Of labelled texts."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -122,18 +133,29 @@ def _with_special_tokens(file: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), **given)  # type: ignore[no-untyped-call]
 
 
-def save(choice: Choice, folder: Path, texts: Iterator[str], num_characters: int) -> Vocabulary:
+def save(
+    choice: Choice, folder: Path, texts: Iterator[str], num_characters: int, *, labelled: bool = False
+) -> Vocabulary:
     """Write the tokenizer so that `AutoTokenizer.from_pretrained(folder)` loads it, after training it where asked.
 
     Args:
         texts: the training documents, for a tokenizer that is trained here.
         num_characters: of all texts.
+        labelled: each text is a sample of its own. Where the tokenizer has no padding, end-of-text stands for it.
     """
     if choice.train is None:
         assert choice.location is not None
         tokenizer = _load(choice.location, choice.trust_remote_code)
     else:
         tokenizer = _train(choice.train, texts, num_characters)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
+    if labelled:
+        # as the samples are made: what is exported does the same
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     try:
         tokenizer.save_pretrained(str(folder))
     except Exception as error:
@@ -141,13 +163,21 @@ def save(choice: Choice, folder: Path, texts: Iterator[str], num_characters: int
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     special = tuple(sorted(set(tokenizer.all_special_ids)))
     unknown = tokenizer.unk_token_id
-    return Vocabulary(size, end, tokenizer.mask_token_id, special, None if unknown == end else unknown)
+    frame = _frame(folder / "tokenizer.json", tokenizer.pad_token_id) if labelled else None
+    return Vocabulary(size, end, tokenizer.mask_token_id, special, None if unknown == end else unknown, frame)
+
+
+def _frame(path: Path, pad_id: int) -> Frame:
+    tokenizer = _tokenizer(path)
+    # a text that the vocabulary has words for
+    encodings = map(tokenizer.encode, chain("a", tokenizer.get_vocab()))
+    encoding = next(encoding for encoding in encodings if 0 in encoding.special_tokens_mask)
+    ids, added = encoding.ids, encoding.special_tokens_mask
+    first, last = added.index(0), len(added) - added[::-1].index(0)
+    return Frame(tuple(ids[:first]), tuple(ids[last:]), pad_id)
 
 
 def _train(config: TrainTokenizerConfig, texts: Iterator[str], num_characters: int) -> Any:
@@ -184,10 +214,12 @@ class EncodeTask:
     starts: IntArray
     """[documents + 1]: byte offsets in the file."""
     vocabulary: Vocabulary
+    end: bool = True
+    """Put end-of-text behind each document."""
 
 
 def encode(task: EncodeTask) -> tuple[NDArray[Any], IntArray]:
-    """Tokens of all documents, each followed by end-of-text, and the number of each, [documents]."""
+    """Tokens of all documents, one after the other, and the number of each, [documents]; end-of-text included."""
     tokenizer = _tokenizer(task.tokenizer)
     with task.text.open("rb") as file:
         file.seek(int(task.starts[0]))
@@ -205,12 +237,12 @@ def encode(task: EncodeTask) -> tuple[NDArray[Any], IntArray]:
             ]
             for text in texts
         ]
-    lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+    lengths = np.array([len(ids) + task.end for ids in encoded], dtype=np.int64)
     tokens = np.full(int(lengths.sum()), task.vocabulary.eos_id, dtype=task.vocabulary.dtype)
     begin = 0
     for ids in encoded:
         tokens[begin : begin + len(ids)] = ids
-        begin += len(ids) + 1
+        begin += len(ids) + task.end
     return tokens, lengths
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trainer.config.schema import CleanConfig
 from trainer.data import clean as rules
 from trainer.data.clean import clean, fraction_of_letters, fraction_of_repeats, judge, repair
+from trainer.data.corpus import Document
 from trainer.data.duplicates import NearDuplicates, signatures
 
 DEFAULT = CleanConfig()
@@ -126,8 +127,9 @@ def test_short_and_odd_texts_have_signatures():
 
 
 def test_clean_returns_a_signature_for_each_that_stays():
-    results, matrix = clean([("a", "x"), ("b", "good text " * 9), ("c", "other words " * 9)], DEFAULT)
+    documents = [Document("a", "x"), Document("b", "good text " * 9), Document("c", "other words " * 9)]
+    results, matrix = clean(documents, DEFAULT)
     assert [(r.name, r.rule) for r in results] == [("a", rules.TOO_SHORT), ("b", None), ("c", None)]
     assert results[0].text == b""
     assert matrix.shape == (2, 128)
-    assert clean([("b", "good text " * 9)], CleanConfig(near_duplicates=None))[1] is None
+    assert clean([Document("b", "good text " * 9)], CleanConfig(near_duplicates=None))[1] is None

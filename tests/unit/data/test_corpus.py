@@ -14,7 +14,7 @@ from trainer.errors import DataError
 
 def documents(folder, **options):
     (source,) = resolve([SourceConfig(**options)], folder)
-    return list(source.documents())
+    return [document[:2] for document in source.documents()]
 
 
 def write(folder, **files):
