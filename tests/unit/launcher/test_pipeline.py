@@ -261,8 +261,9 @@ def test_a_stage_is_taught_by_an_earlier_one(ground: Ground) -> None:
     assert problems(ground.write(a, student)) == [
         ("stages.1.teacher", "names 'b', which is no earlier stage; before it there are a")
     ]
-    assert problems(ground.write(a, b | {"seeds": 2}, student | {"teacher": "b/seed=7"})) == [
-        ("stages.2.teacher", "names 'seed=7', which is no point of b; did you mean seed=1?")
+    swept = b | {"name": "swept", "seeds": 2}
+    assert problems(ground.write(a, swept, student | {"teacher": "swept/seed=7"})) == [
+        ("stages.2.teacher", "names 'seed=7', which is no point of swept; did you mean seed=1?")
     ]
     assert problems(ground.write(a, b, student | {"set": ["distill.teacher.pretrained=gpt2"]})) == [
         ("stages.2.set", "sets `distill.teacher.pretrained`, and `teacher` does too; leave one out")
