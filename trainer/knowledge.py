@@ -16,6 +16,13 @@ TEACHER_IDS = "teacher_ids"
 """Array of a micro-batch, [n, L, K] int64: tokens that the teacher says something of; −1: none."""
 TEACHER_LOG_PROBABILITIES = "teacher_log_probabilities"
 """Array of a micro-batch, [n, L, K] float32, beside `TEACHER_IDS`."""
+WRITTEN = "written"
+"""Array of a micro-batch, [n, L] bool: labels that the student writes itself instead of reading them from the data."""
+DATA_SHARE = "data_share"
+"""Array of a micro-batch, [n, 1] float32, one number for the whole global batch: the share of its targets that are
+the data's."""
+BESIDE_INPUTS = (TEACHER_IDS, TEACHER_LOG_PROBABILITIES, WRITTEN, DATA_SHARE)
+"""Arrays that are not for the model."""
 
 
 @dataclass(frozen=True, slots=True)

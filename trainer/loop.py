@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from trainer.config.schema import RunConfig
 from trainer.engine.stats import digest
@@ -18,6 +19,45 @@ from trainer.stability.guard import Guard
 from trainer.stop import StopRequest
 from trainer.telemetry.recorder import Recorder
 from trainer.telemetry.timing import StepTimer
+
+
+class TeacherWatch(Protocol):
+    """Knows until when the weights that are learned from were as they were loaded."""
+
+    @property
+    def verified_step(self) -> int:
+        """The newest update that was certainly made with them unharmed."""
+        ...
+
+    def look(self, step: int, *, alarming: bool) -> str | None:
+        """Compare them where it is due or there was an alarm, and put right what is not as it was. A collective.
+
+        Args:
+            step: that is attempted.
+
+        Returns:
+            What was found and put right, in one sentence; None: nothing. Equal on all ranks.
+        """
+        ...
+
+    def went_back(self, step: int) -> None:
+        """A rollback went to `step`."""
+        ...
+
+
+class NoTeacher:
+    """Nothing is learned from but data."""
+
+    verified_step = 0
+
+    def look(self, step: int, *, alarming: bool) -> str | None:  # noqa: ARG002
+        return None
+
+    def went_back(self, step: int) -> None:
+        pass
+
+
+NO_TEACHER = NoTeacher()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +79,8 @@ class Parts:
     """Held-out loss at a step; records it. None: given up, since a rank was asked to stop."""
     saver: Saving
     heartbeat: Heartbeat
+    teacher: TeacherWatch = NO_TEACHER
+    """Looks after the weights that are learned from."""
     notice: Callable[[StepStats], None] = lambda _: None
     """Looks at every attempt for what changes nothing, and is to be said: ranks that are slow."""
 
@@ -79,6 +121,9 @@ def train(parts: Parts, progress: Progress) -> Ending:
         batch = again or take_batch(parts, position)
         stats = look(parts, batch, position, decision)
         verdict = guard.judge(stats)
+        if (harm := parts.teacher.look(stats.step, alarming=not isinstance(verdict, Step | Skip))) is not None:
+            parts.telemetry.message("error", harm)
+            verdict = guard.teacher_harmed(stats, harm, parts.teacher.verified_step) or verdict
         if examined := isinstance(verdict, Examine):
             parts.engine.discard()
             verdict = guard.weigh(recovery.examine(batch, stats))
@@ -108,6 +153,7 @@ def train(parts: Parts, progress: Progress) -> Ending:
                 verdict = guard.cannot_roll_back(verdict, stats)
             else:
                 position = went_back
+                parts.teacher.went_back(position.step)
         recovery.tell()
         parts.saver.look(applied=applied, in_incident=guard.incident > 0, step=position.step)
         progress.position = position

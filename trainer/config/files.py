@@ -37,6 +37,16 @@ class RunFiles:
         return self.root / "data.json"
 
     @property
+    def teacher(self) -> Path:
+        """Facts of the teacher of a distillation, as `model` has those of the student."""
+        return self.root / "teacher.json"
+
+    @property
+    def teacher_scores(self) -> Path:
+        """What the teacher of a distillation makes of the held-out data."""
+        return self.root / "teacher-scores.json"
+
+    @property
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
 
@@ -79,3 +89,8 @@ class RunFiles:
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def comparison(self) -> Path:
+        """Teacher, student, and the same student without a teacher; `comparison.md` beside it says it to people."""
+        return self.root / "comparison.json"

@@ -205,6 +205,14 @@ class Guard(Rungs):
         incident.kind = "data"
         return self._leave_out(stats, alarms, text_of(alarms))
 
+    def teacher_harmed(self, stats: StepStats, text: str, verified_step: int) -> Verdict | None:
+        """The verdict on an attempt, in the place of another, when the weights that are learned from were found damaged
+        and put right: what was learned since `verified_step` is done again. None: nothing is to be done about it."""
+        if self._config.mode != "act" or not self._can_roll_back:
+            return None
+        self._pending = None
+        return self._rank_fault(stats, "teacher", text, verified_step)
+
     def observe(self, step: int, structure: Structure) -> list[str]:
         """Slow signs of a run that will fail; sentences of warning where there is something new to warn of."""
         return self._structure.observe(step, structure)

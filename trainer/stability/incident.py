@@ -22,7 +22,7 @@ class Incident:
     loss_scale: float
     """Robust standard deviation of log loss then."""
     kind: str = "open"
-    """open · transient · data · state · replica · audit · disagreement · drift"""
+    """open · transient · data · state · replica · teacher · audit · disagreement · drift"""
     gradient_alone: int = 0
     """Batches in a row whose gradient was not finite while their loss was."""
     culprits: tuple[int, ...] = ()

@@ -28,6 +28,7 @@ from trainer.stability.guard import Guard
 from trainer.starts import Fence, NoFence
 from trainer.stop import StopRequest
 from trainer.telemetry.timing import StepTimer, memory_bytes, peak_flops
+from trainer.terms import Objective
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,15 +65,19 @@ def make_guard(setting: Setting, engine: Engine) -> Guard:
     )
 
 
-def build_engine(setting: Setting, numbers: Arithmetic, injector: Injector) -> Engine:
+def build_engine(
+    setting: Setting, numbers: Arithmetic, injector: Injector, objective: Objective | None = None
+) -> Engine:
+    """The engine of the run's model; `objective` None: what the data alone asks for."""
     config, world_size = setting.config, setting.ranks.world_size
     zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
-    model = build_model(config, vocabulary=setting.prepared.vocabulary, zero3=zero3, dtype=_DTYPES[setting.precision])
+    prepared, dtype = setting.prepared, _DTYPES[setting.precision]
+    model = build_model(config, vocabulary=prepared.vocabulary, zero3=zero3, dtype=dtype, classes=prepared.classes)
     penalty = _make_penalty(config)
     return Engine(
         model,
         build_optimizer(parameter_groups(model, config), config, setting.device),
-        make_objective(config.objective),
+        objective or make_objective(config.objective),
         config=config,
         numbers=numbers,
         parameters=setting.facts.parameters,

@@ -67,6 +67,7 @@ def export_run(
         tokenizer_path=prepared.tokenizer_path,
         vocabulary=prepared.vocabulary,
         dtype=DTYPES[dtype],
+        classes=prepared.classes,
     )
     return Exported(chosen, dtype)
 

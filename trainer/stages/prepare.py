@@ -18,14 +18,14 @@ from rich.progress import Progress as Bars
 from trainer.config.facts import facts_from_json, facts_to_json
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
-from trainer.config.schema import RunConfig
+from trainer.config.schema import DataConfig, RunConfig
 from trainer.data import report
 from trainer.data.build import Progress
 from trainer.data.changes import check_unchanged
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.errors import DataError, ExitCode, RunDirectoryError, TrimtabError
-from trainer.records import ModelFacts
+from trainer.records import Classes, ModelFacts
 
 
 def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = None) -> tuple[Prepared, ModelFacts]:
@@ -36,7 +36,7 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         ConfigError: a model that does not fit.
     """
     prepared = prepare(
-        config.data,
+        _data(config),
         base=files.root,
         tokenizer_fallback=config.model.pretrained,
         trust_remote_code=config.model.trust_remote_code,
@@ -49,17 +49,17 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     # both splits must be readable at this length before any rank starts
     for split in ("train", "held_out"):
         prepared.samples(split, config.data.sequence_length, config.data.boundaries)
-    described = _description(config, prepared.vocabulary)
+    described = _description(config, prepared.vocabulary, prepared.classes)
     facts = _facts_before(files, described)
     if facts is None:
         # takes seconds to import, which a run that goes on need not wait for
         from trainer.model.describe import describe
 
-        facts = describe(config, prepared.vocabulary)
+        facts = describe(config, prepared.vocabulary, prepared.classes)
     note = {
         "path": str(prepared.path),
         "fingerprint": prepared.fingerprint,
-        "report": prepared.report,
+        "report": prepared.report_at(config.data.sequence_length),
         "described": described,
     }
     write_whole(files.data, json.dumps(note, indent=1))
@@ -67,7 +67,15 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     return prepared, facts
 
 
-def _description(config: RunConfig, vocabulary: int) -> str | None:
+def _data(config: RunConfig) -> DataConfig:
+    """Where nothing is classified, labelled texts are packed like any others."""
+    if config.objective.kind == "classification":
+        return config.data
+    sources = tuple(source.model_copy(update={"label": None, "classes": ()}) for source in config.data.sources)
+    return config.data.model_copy(update={"sources": sources})
+
+
+def _description(config: RunConfig, vocabulary: int, classes: Classes | None) -> str | None:
     """Digest of all that the facts of a model follow from; None: of files elsewhere too, which may have changed."""
     if config.model.pretrained is not None:
         return None
@@ -79,6 +87,7 @@ def _description(config: RunConfig, vocabulary: int) -> str | None:
         vocabulary,
         version("transformers"),
         version("torch"),
+        *(classes.names if classes else ()),
     ]
     text = json.dumps([*parts, *lengths], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -159,7 +168,8 @@ def main(arguments: Sequence[str]) -> int:
         config = read_run_config(files.root)
         with shown() as progress:
             prepared, _ = prepare_run(files, config, progress)
-        Console(stderr=True, highlight=False).print(report.table(prepared.report))
+        found = prepared.report_at(config.data.sequence_length)
+        Console(stderr=True, highlight=False).print(report.table(found))
     except TrimtabError as error:
         print(error, file=sys.stderr)
         return error.exit_code

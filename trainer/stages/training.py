@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.config.load import dump_config
 from trainer.config.memory import copies
 from trainer.config.resolve import arithmetic, fingerprint
+from trainer.data.on_policy import OnPolicy
 from trainer.data.order import Order, Quarantine
 from trainer.data.samples import Samples
 from trainer.data.stream import Stream as DataStream
@@ -29,7 +30,8 @@ from trainer.errors import ExitCode, TrimtabError
 from trainer.faults import Fault, poisoned
 from trainer.faults.inject import FaultInjector
 from trainer.heartbeat import RELAUNCHED_VARIABLE
-from trainer.loop import Ending, Parts, Progress, train
+from trainer.knowledge import Teacher
+from trainer.loop import NO_TEACHER, Ending, Parts, Progress, TeacherWatch, train
 from trainer.optim.schedule import learning_rate
 from trainer.records import Outcome, Position, StepStats
 from trainer.recovery import NoReports, Recovery, Stream
@@ -42,6 +44,9 @@ from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
 from trainer.telemetry.recorder import Level, Recorder, RunFacts, Telemetry, next_attempt
 from trainer.telemetry.silent import NoTelemetry
+
+if TYPE_CHECKING:
+    from trainer.stages.distill import Distillation
 
 _REASONS = {ExitCode.HALTED: "halted", ExitCode.CRASHED: "crashed", ExitCode.SUPERSEDED: "superseded"}
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
@@ -71,7 +76,10 @@ class Training:
             if faults
             else NO_INJECTION
         )
-        self.engine = build_engine(setting, self.numbers, self.injector)
+        self.teacher, objective = self._open_teacher()
+        self.engine = build_engine(setting, self.numbers, self.injector, objective)
+        if objective is not None:
+            objective.attach(self.engine)
         self.engine.alive = partial(setting.heartbeat.beat, "computing")
         self.guard = make_guard(setting, self.engine)
         self._stragglers = Stragglers(ranks.world_size)
@@ -103,6 +111,8 @@ class Training:
         config = self.setting.config
         snapshots, saving = copies(config)
         with ExitStack() as stack:
+            if self.teacher is not None:
+                stack.callback(self.teacher.close)
             stack.callback(self.reports.close)
             stack.callback(self.stream.close)
             ring = self.storage.make_ring()
@@ -149,6 +159,7 @@ class Training:
                 evaluate=self._evaluate,
                 saver=saver,
                 heartbeat=self.setting.heartbeat,
+                teacher=self._teacher_care(),
                 notice=self._notice,
             )
 
@@ -260,6 +271,32 @@ class Training:
             fence=setting.fence,
         )
 
+    def _open_teacher(self) -> tuple[Teacher | None, Distillation | None]:
+        """A collective."""
+        setting, config = self.setting, self.setting.config
+        if config.distill is None:
+            return None, None
+        # only here: seconds of imports that other runs need not wait for
+        from trainer.stages.distill import Distillation
+        from trainer.stages.teachers import note_scores, open_teacher
+
+        teacher = open_teacher(setting)
+        note_scores(setting, teacher, self.numbers.micro)
+        prepared = setting.prepared
+        return teacher, Distillation(teacher, config, vocabulary=prepared.vocabulary, end=prepared.eos_id)
+
+    def _teacher_care(self) -> TeacherWatch:
+        if self.teacher is None:
+            return NO_TEACHER
+        from trainer.stages.teachers import TeacherCare
+
+        return TeacherCare(self.teacher, self.setting.config.guard.checksum_every, self.progress.position.step)
+
+    def _on_policy(self, samples: Samples) -> OnPolicy | None:
+        config = self.setting.config
+        options = config.distill.on_policy if config.distill else None
+        return None if options is None else OnPolicy(samples, options.fraction, options.tokens, config.seed)
+
     def _samples(self, split: Literal["train", "held_out"]) -> Samples:
         data = self.setting.config.data
         return self.setting.prepared.samples(split, data.sequence_length, data.boundaries)
@@ -281,6 +318,8 @@ class Training:
             quarantine=self._excluded,
             prefetch=config.data.prefetch,
             reading=self.injector.reading,
+            annotate=None if self.teacher is None else self.teacher.annotate,
+            on_policy=self._on_policy(samples),
         )
 
     def _notice(self, stats: StepStats) -> None:

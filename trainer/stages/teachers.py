@@ -1,0 +1,117 @@
+"""The teacher of a run: opened at its place, scored once, looked after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from trainer.data.stream import evaluation_batches
+from trainer.knowledge import DenseTargets, LogitTargets, Teacher
+from trainer.objectives.fused import fused_distillation
+from trainer.objectives.logits import logit_distillation
+from trainer.records import Evaluation
+from trainer.stages.build import Setting
+from trainer.stages.distill import CROSS_ENTROPY, Right
+from trainer.stages.prepare import write_whole
+from trainer.teacher.build import build_teacher
+from trainer.teacher.cache import open_cache
+from trainer.teacher.server import ServerTeacher
+
+
+def open_teacher(setting: Setting) -> Teacher:
+    """The teacher of the config, ready to be asked. A collective.
+
+    Raises:
+        ConfigError: it does not fit the run.
+        DataError: its cache is not there, or another's.
+    """
+    config = setting.config
+    assert config.distill is not None
+    match config.distill.teacher.place:
+        case "cache":
+            return open_cache(setting)
+        case "server":
+            return ServerTeacher(config)
+        case "replica" | "zero3":
+            return build_teacher(
+                config, ranks=setting.ranks, device=setting.device, vocabulary=setting.prepared.vocabulary
+            )
+
+
+class TeacherCare:
+    """Compares the teacher with what was loaded, at its turn and whenever there is an alarm.
+
+    Args:
+        every: steps between comparisons; None: only at alarms.
+        step: of the state that the run goes on from.
+    """
+
+    def __init__(self, teacher: Teacher, every: int | None, step: int):
+        self._teacher, self._every = teacher, every
+        self.verified_step = step
+
+    def look(self, step: int, *, alarming: bool) -> str | None:
+        if not alarming and (self._every is None or step % self._every):
+            return None
+        found = self._teacher.mend()
+        if found is None and not alarming:
+            self.verified_step = step
+        return found
+
+    def went_back(self, step: int) -> None:
+        self.verified_step = min(self.verified_step, step)
+
+
+def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
+    """Measure the teacher on the held-out data, once in a run, and note it in the run directory. A collective.
+
+    Of a teacher that only answers for what it was asked before (cache, server) nothing is noted.
+    """
+    config, ranks = setting.config, setting.ranks
+    box = [setting.files.teacher_scores.exists()]
+    dist.broadcast_object_list(box, src=0)
+    place = config.distill.teacher.place if config.distill else None
+    if box[0] or place not in ("replica", "zero3") or config.data.held_out == 0:
+        return
+    data = config.data
+    batches = evaluation_batches(
+        setting.prepared.samples("held_out", data.sequence_length, data.boundaries),
+        micro=micro,
+        rank=ranks.rank,
+        ranks=ranks.world_size,
+        max_samples=config.evaluation.max_samples,
+        objective=config.objective,
+        seed=config.seed,
+    )
+    device = torch.device(setting.device, ranks.local_rank) if setting.device == "cuda" else torch.device("cpu")
+    found = score(teacher, batches, device)
+    if ranks.is_first:
+        about: dict[str, Any] = {"loss": found.loss, **found.scores, "parameters": teacher.num_parameters}
+        write_whole(setting.files.teacher_scores, json.dumps(about, indent=1))
+
+
+@torch.no_grad()
+def score(teacher: Teacher, batches: Iterable[Mapping[str, NDArray[Any]]], device: torch.device) -> Evaluation:
+    """Mean cross-entropy of the teacher with the labels, and its accuracy, over all ranks. A collective."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for arrays in batches:
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        labels, targets = tensors["labels"], teacher.knowledge(tensors).targets
+        right = Right(labels)
+        match targets:
+            case DenseTargets(hidden=hidden, head=head):
+                with targets.whole():
+                    found = fused_distillation(hidden, head, labels, None, CROSS_ENTROPY, see=right)
+            case LogitTargets(logits=logits):
+                found = logit_distillation(logits, labels, None, CROSS_ENTROPY, see=right)
+            case _:
+                raise AssertionError("only a model can be scored")
+        sums += torch.stack([found.cross_entropy.sum(), right.count, (labels >= 0).sum()]).to(sums)
+    dist.all_reduce(sums)
+    loss, right, count = sums.tolist()
+    return Evaluation(loss / count, int(count), {"accuracy": right / count})
