@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,20 @@ from trainer.model.configuration import (
     pretrained_reference,
 )
 from trainer.model.initialise import initialise
+from trainer.model.layers import check_places, kept_layers, layers_path, renaming
+from trainer.model.tensors import read_tensors
+from trainer.records import Classes
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: RunConfig, *, vocabulary: int, zero3: dict[str, Any] | None, dtype: torch.dtype
+    config: RunConfig,
+    *,
+    vocabulary: int,
+    zero3: dict[str, Any] | None,
+    dtype: torch.dtype,
+    classes: Classes | None = None,
 ) -> PreTrainedModel:
     """The model of `config` in training mode, every parameter of type `dtype`.
 
@@ -39,11 +49,12 @@ def build_model(
         vocabulary: tokens of the run's tokenizer.
         zero3: the DeepSpeed configuration when parameters are sharded (stage 3): every rank then holds its shard only,
             and all ranks must call this together. None: the whole model, on the CPU.
+        classes: of a classifier. A pretrained head for another number of them is drawn anew.
 
     Raises:
         ConfigError: what is asked for does not exist, does not fit the data, or is not installed.
     """
-    model_config = model_configuration(config, vocabulary)
+    model_config = model_configuration(config, vocabulary, classes)
     check_positions(config, model_config)
     if config.model.pretrained is None:
         model = _from_scratch(config, model_config, zero3, dtype)
@@ -62,24 +73,27 @@ def build_model(
     return model
 
 
-def meta_model(config: RunConfig, vocabulary: int | None) -> PreTrainedModel:
+def meta_model(config: RunConfig, vocabulary: int | None, classes: Classes | None = None) -> PreTrainedModel:
     """The model without memory: every parameter has a shape and no values. Reads no weights.
 
     Raises:
         ConfigError: as :func:`build_model`.
     """
-    model_config = model_configuration(config, vocabulary)
+    model_config = model_configuration(config, vocabulary, classes)
     check_positions(config, model_config)
     with torch.device("meta"):
         try:
-            return _instantiate(config, model_config, torch.float32)
+            model = _instantiate(config, model_config, torch.float32)
         except ConfigError as error:
             if not isinstance(error.__cause__, ImportError):
                 raise
             # a plan is often made on a machine without the package that the nodes have
             logger.warning("model.attention=%s is not installed on this machine", config.model.attention)
-            plain = config.model_copy(update={"model": config.model.model_copy(update={"attention": "auto"})})
-            return _instantiate(plain, model_config, torch.float32)
+            config = _with_options(config, attention="auto")
+            model = _instantiate(config, model_config, torch.float32)
+    if config.model.layers is not None:
+        _renaming_of_kept(config, model)
+    return model
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -154,27 +168,39 @@ def _from_gguf_sharded(
 def _from_pretrained(
     config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    # transformers shards while loading as long as this object lives
-    keeps_sharded = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # type: ignore[no-untyped-call]
     name, arguments = pretrained_reference(config.model)
     if "gguf_file" in arguments:
         # where a kernel for packed weights is installed, they would stay packed, which cannot be trained
         arguments["quantization_config"] = GgufConfig(dequantize=True)
+    load: Callable[..., Any] = partial(auto_class(config).from_pretrained, name, **arguments)
+    if config.model.layers is not None:
+        load = _from_layers(config, model_config, zero3, dtype)
+    if config.objective.kind == "classification":
+        # a head for other classes
+        load = partial(load, ignore_mismatched_sizes=True)
+    # transformers shards while loading as long as this object lives
+    keeps_sharded = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
         # weights that the checkpoint lacks (a new head) are drawn, and must not depend on what was drawn before
         torch.default_generator.manual_seed(config.seed)
         try:
-            model, report = auto_class(config).from_pretrained(
-                name,
-                config=model_config,
-                dtype=dtype,
-                attn_implementation=_attention(config),
-                output_loading_info=True,
-                **arguments,
+            model, report = load(
+                config=model_config, dtype=dtype, attn_implementation=_attention(config), output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError([("model", f"{name} cannot be loaded: {first_line(error)}")]) from error
     del keeps_sharded
+    if config.model.layers is not None:
+        lacking = sorted(each for each in report["missing_keys"] if each.startswith(f"{layers_path(model)}."))
+        if lacking:
+            text = f"{config.model.pretrained} does not name the weights of its layers as {type(model).__name__} does"
+            raise ConfigError([("model.layers", f"{text}: {lacking[0]} is missing")])
+    report = dict(report)
+    for key, *shapes in sorted(report.get("mismatched_keys", ())):
+        if key.startswith(f"{model.base_model_prefix}."):
+            theirs, ours = (list(shape) for shape in shapes)
+            raise ConfigError([("model.overrides", f"{key} is {theirs} in {name} and {ours} in the model")])
+        report["missing_keys"] = {*report["missing_keys"], key}
     for what, names in (
         ("does not have, drawn anew", "missing_keys"),
         ("has and the model does not", "unexpected_keys"),
@@ -187,6 +213,55 @@ def _from_pretrained(
     return model  # type: ignore[no-any-return]
 
 
+def _from_layers(
+    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """`from_pretrained` with the kept layers of the checkpoint. Of the others nothing is read; but transformers reads a
+    .gguf file only whole."""
+    with torch.device("meta"):
+        small = _instantiate(config, model_config, dtype)
+    rename = _renaming_of_kept(config, small)
+    name, arguments = pretrained_reference(config.model)
+    if "gguf_file" in arguments:
+        source = _from_pretrained(*_whole(config, model_config), None, dtype)
+        tensors = {new: each for name, each in source.state_dict().items() if (new := rename(name)) is not None}
+    else:
+        # transformers deals out the values that the first rank has
+        has_values = zero3 is None or torch.distributed.get_rank() == 0
+        try:
+            tensors = read_tensors(name, rename, with_values=has_values)
+        except OSError as error:
+            raise ConfigError([("model", f"{name} cannot be loaded: {first_line(error)}")]) from error
+    return partial(type(small).from_pretrained, None, state_dict=tensors)
+
+
+def _renaming_of_kept(config: RunConfig, model: PreTrainedModel) -> Callable[[str], str | None]:
+    """Names in the checkpoint → names in `model`, which has the kept layers only.
+
+    Raises:
+        ConfigError: they would not be the same layers there.
+    """
+    assert config.model.layers is not None
+    whole, source_config = _whole(config, model.config)
+    kept = kept_layers(config.model.layers, source_config)
+    with torch.device("meta"):
+        source = _instantiate(whole, source_config, torch.float32)
+    check_places(source, model, kept)
+    return renaming(source, kept)
+
+
+def _whole(config: RunConfig, cut: PreTrainedConfig) -> tuple[RunConfig, PreTrainedConfig]:
+    """The config of a run and of its model with all layers, and otherwise like `cut`."""
+    whole = _with_options(config, layers=None)
+    source_config = model_configuration(whole, None)
+    source_config.num_labels = cut.num_labels
+    return whole, source_config
+
+
+def _with_options(config: RunConfig, **options: Any) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=options)})
+
+
 def _adapt_positions(model: PreTrainedModel, config: RunConfig) -> None:
     """Let the model be given `position_ids` that count from 0, whatever it makes of them.
 
@@ -194,6 +269,8 @@ def _adapt_positions(model: PreTrainedModel, config: RunConfig) -> None:
         ConfigError: attention is to stay inside documents, and the model takes no positions to tell them by.
     """
     if not takes_positions(model):
+        if config.objective.kind == "classification":
+            return
         if config.data.boundaries == "block":
             raise ConfigError(
                 [("data.boundaries", f"block needs positions, and {type(model).__name__} takes none; use join")]

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from trainer.config.schema import ModelConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.model.layers import cut_configuration, kept_layers
+from trainer.records import Classes
+
+logger = logging.getLogger(__name__)
+
+_AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+}
 
 _LEGACY_ROPE_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Not fields any more, but every class with `rope_parameters` still reads them."""
@@ -31,7 +53,7 @@ _BEGIN_BEHIND_PADDING = {
 
 def auto_class(config: RunConfig) -> Any:
     """The transformers auto class of the run's objective."""
-    return AutoModelForCausalLM if config.objective.kind == "causal" else AutoModelForMaskedLM
+    return _AUTO_CLASSES[config.objective.kind]
 
 
 def pretrained_reference(model: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -44,14 +66,16 @@ def pretrained_reference(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     return model.pretrained, arguments
 
 
-def model_configuration(config: RunConfig, vocabulary: int | None) -> PreTrainedConfig:
+def model_configuration(config: RunConfig, vocabulary: int | None, classes: Classes | None = None) -> PreTrainedConfig:
     """The configuration of the model; reads no weights.
 
     Args:
         vocabulary: tokens of the tokenizer; None when it is not known yet, then only a given `vocab_size` counts.
+        classes: of a classifier; None when they are not known yet, then the architecture's default counts.
 
     Raises:
-        ConfigError: unknown architecture or field, a wrong value, a vocabulary or positions that are too small.
+        ConfigError: unknown architecture or field, a wrong value, a vocabulary or positions that are too small, a
+            classifier of the same classes in another order.
     """
     if (config.model.config is None) == (config.model.pretrained is None):
         raise ConfigError([("model", "needs exactly one of `config` (from scratch) and `pretrained`")])
@@ -61,6 +85,8 @@ def model_configuration(config: RunConfig, vocabulary: int | None) -> PreTrained
         result = _from_pretrained(config.model)
     _check_objective(config, result)
     _check_vocabulary(config, result, vocabulary)
+    if config.objective.kind == "classification" and classes is not None:
+        _set_classes(config, result, classes)
     # caches of keys and values are for generation
     result.use_cache = False
     return result
@@ -138,7 +164,13 @@ def _from_pretrained(model: ModelConfig) -> PreTrainedConfig:
             setattr(result, field, value)
         return result
 
-    return _checked("model.overrides", override)
+    result = _checked("model.overrides", override)
+    if model.layers is None:
+        return result
+    if {"num_hidden_layers", type(result).attribute_map.get("num_hidden_layers")} & model.overrides.keys():
+        raise ConfigError([("model.overrides.num_hidden_layers", "is decided by model.layers; leave one of them out")])
+    kept = kept_layers(model.layers, result)
+    return _checked("model.layers", lambda: cut_configuration(result, kept))
 
 
 def _names_of(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -172,8 +204,41 @@ def _checked(path: str, make: Any) -> PreTrainedConfig:
     return result
 
 
+def own_classes(model: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Names of the classes that the weights of a configuration were trained on; None: of no classifier."""
+    if not any(name.endswith("ForSequenceClassification") for name in model.architectures or ()):
+        return None
+    names = {int(number): str(name) for number, name in (model.id2label or {}).items()}
+    return tuple(names[number] for number in sorted(names))
+
+
+def _set_classes(config: RunConfig, model: PreTrainedConfig, classes: Classes) -> None:
+    own = own_classes(model) if config.model.pretrained else None
+    if own is not None and len(own) == len(classes.names) and _alike(own) != _alike(classes.names):
+        theirs, ours = ", ".join(own), ", ".join(classes.names)
+        if sorted(_alike(own)) == sorted(_alike(classes.names)):
+            problem = f"has the classes {theirs}, which the data numbers as {ours}; rename them, or use another model"
+            raise ConfigError([("model.pretrained", problem)])
+        logger.warning("the head of %s is kept: its classes %s become %s", config.model.pretrained, theirs, ours)
+    model.id2label = dict(enumerate(classes.names))
+    model.label2id = {name: number for number, name in enumerate(classes.names)}
+    model.problem_type = "single_label_classification"
+    if not (config.model.pretrained and model.model_type in _BEGIN_BEHIND_PADDING):
+        # models that read from left to right classify at the last token that is no padding
+        model.pad_token_id = model.get_text_config().pad_token_id = classes.pad_id
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    return [name.casefold() for name in names]
+
+
 def _check_objective(config: RunConfig, model: PreTrainedConfig) -> None:
     kind = config.objective.kind
+    if kind == "classification":
+        if model.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            problem = f"transformers has no classifier of sequences of type {model.model_type}"
+            raise ConfigError([("objective.kind", problem)])
+        return
     causal = model.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = model.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     remote = config.model.trust_remote_code and hasattr(model, "auto_map")
