@@ -50,7 +50,9 @@ def _drill(files: RunFiles) -> int:
     prepared, facts = open_run(files, config)
     setting = Setting(files, config, ranks, device, precision, prepared, facts, StopRequest())
     before, steps = request["before"], request["steps"]
-    exercises = choose(catalogue(steps, ranks.world_size, config.zero.stage, before), request["faults"])
+    taught = config.distill is not None and config.distill.teacher.is_here
+    every = catalogue(steps, ranks.world_size, config.zero.stage, before, with_teacher=taught)
+    exercises = choose(every, request["faults"])
     clean, results = drill(setting, exercises, before=before, show=ranks.is_first)
     if ranks.is_first:
         report = {

@@ -68,6 +68,11 @@ class TeacherConfig(Section):
     server: ServerConfig | None = None
     """`server`: where it is."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights are in the memory of the ranks."""
+        return self.place in ("replica", "zero3")
+
 
 class DistillLossConfig(Section):
     """What is minimised at each predicted token: `cross_entropy` · CE + `weight` · T² · D(teacher, student)."""

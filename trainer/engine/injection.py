@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ class Injector:
 
     active = False
     """False: the engine may leave out calls that cost time."""
+    teacher: Callable[[], Sequence[Tensor]] = staticmethod(tuple)
+    """This rank's part of the weights that are learned from; none where there are none."""
 
     def begin(self, attempt: int, step: int, batch_index: int) -> None:
         """An attempt begins."""

@@ -38,10 +38,20 @@ class Exercise:
         return bool(self.fault.kinds & OF_PROCESS)
 
 
-def catalogue(steps: int, ranks: int, stage: int, before: int = 0) -> tuple[Exercise, ...]:
+def catalogue(
+    steps: int, ranks: int, stage: int, before: int = 0, *, with_teacher: bool = False
+) -> tuple[Exercise, ...]:
     """Every fault of the drill that can happen to so many ranks in this ZeRO stage, in the middle of the `steps` that
-    follow on `before` others."""
-    return _placed(before + steps // 2, min(steps // 8, 20), ranks, stage)
+    follow on `before` others.
+
+    Args:
+        with_teacher: a teacher's weights are in the memory of the ranks.
+    """
+    middle = before + steps // 2
+    placed = _placed(middle, min(steps // 8, 20), ranks, stage)
+    if not with_teacher:
+        return placed
+    return (*placed, Exercise("teacher-bit", at(step=middle, rank=ranks - 1).flip_bit_in_teacher()))
 
 
 def process_catalogue(steps: int, ranks: int) -> tuple[Exercise, ...]:

@@ -99,6 +99,9 @@ class FaultInjector(Injector):
                 due = strike.covers(step) and watched.visits >= strike.visit and not watched.over
             if due and self._here(strike):
                 self._due.append(watched)
+        for strike in self._strikes(Kind.FLIP_BIT_IN_TEACHER):
+            if flip_one(self.teacher(), _seed(strike, self._rank)) == (-1, -1):
+                raise ConfigError([("faults", f"{strike} needs a teacher in this process: replica or zero3")])
 
     def local_gradient(self, parameter: int, gradient: Tensor) -> Tensor:  # noqa: ARG002
         for _ in self._strikes(Kind.GRADIENT_IS_NAN, Kind.DATA_IS_NAN):

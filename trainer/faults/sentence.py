@@ -23,6 +23,7 @@ class Kind(Enum):
     FLIP_BIT_IN_MOMENT = "flip_bit_in_moment"
     FLIP_BIT_IN_SECOND_MOMENT = "flip_bit_in_second_moment"
     FLIP_BIT_IN_REPLICA = "flip_bit_in_replica"
+    FLIP_BIT_IN_TEACHER = "flip_bit_in_teacher"
     LEARNING_RATE_TIMES = "learning_rate_times"
     CORRUPT_SNAPSHOT = "corrupt_snapshot"
     DISAGREE = "disagree"
@@ -192,6 +193,11 @@ class Moment:
         """The lowest bit of one weight that a rank computes with and that all ranks should hold alike (ZeRO 0, 1 and
         2), after the update: nothing is ever seen of it in a loss."""
         return self._fault(Kind.FLIP_BIT_IN_REPLICA)
+
+    def flip_bit_in_teacher(self) -> Fault:
+        """The top exponent bit of one of the teacher's weights on a rank, before the step (distillation from `replica`
+        and `zero3`)."""
+        return self._fault(Kind.FLIP_BIT_IN_TEACHER)
 
     def learning_rate_times(self, factor: float, steps: int = 1) -> Fault:
         """So many updates in a row are made at so many times the learning rate."""

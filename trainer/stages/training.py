@@ -278,9 +278,11 @@ class Training:
             return None, None
         # only here: seconds of imports that other runs need not wait for
         from trainer.stages.distill import Distillation
-        from trainer.stages.teachers import note_scores, open_teacher
+        from trainer.stages.teachers import TeacherModel, note_scores, open_teacher
 
         teacher = open_teacher(setting)
+        if self.injector.active and isinstance(teacher, TeacherModel):
+            self.injector.teacher = teacher.tensors
         note_scores(setting, teacher, self.numbers.micro)
         prepared = setting.prepared
         return teacher, Distillation(teacher, config, vocabulary=prepared.vocabulary, end=prepared.eos_id)

@@ -14,7 +14,7 @@ from trainer.faults.sentence import OF_PROCESS
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3), (4, 2)])
 @pytest.mark.parametrize("before", [0, 100])
 def test_every_fault_can_happen_in_the_run(steps: int, ranks: int, stage: int, before: int) -> None:
-    exercises = catalogue(steps, ranks, stage, before)
+    exercises = catalogue(steps, ranks, stage, before, with_teacher=stage == 2)
     assert len({exercise.name for exercise in exercises}) == len(exercises)
     for exercise in exercises:
         assert parse_fault(str(exercise.fault)) == exercise.fault
@@ -24,7 +24,8 @@ def test_every_fault_can_happen_in_the_run(steps: int, ranks: int, stage: int, b
     kinds = {strike.kind for exercise in exercises for strike in exercise.fault.strikes}
     assert (Kind.FLIP_BIT_IN_REPLICA in kinds) == (ranks > 1 and stage < 3)
     assert (Kind.DISAGREE in kinds) == (ranks > 1)
-    assert kinds >= set(Kind) - OF_PROCESS - {Kind.FLIP_BIT_IN_REPLICA, Kind.DISAGREE}
+    assert (Kind.FLIP_BIT_IN_TEACHER in kinds) == (stage == 2)
+    assert kinds >= set(Kind) - OF_PROCESS - {Kind.FLIP_BIT_IN_REPLICA, Kind.DISAGREE, Kind.FLIP_BIT_IN_TEACHER}
     assert not any(exercise.of_processes for exercise in exercises)
 
 

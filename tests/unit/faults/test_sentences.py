@@ -17,6 +17,7 @@ EVERY = {
     "at(step=2, rank=0).flip_bit_in_second_moment()": at(step=2).flip_bit_in_second_moment(),
     "at(step=2, rank=0, visit=2).flip_bit_in_gradient()": at(step=2, visit=2).flip_bit_in_gradient(),
     "at(step=2, rank=0).flip_bit_in_replica().every_time()": at(step=2).flip_bit_in_replica().every_time(),
+    "at(step=2, rank=1).flip_bit_in_teacher()": at(step=2, rank=1).flip_bit_in_teacher(),
     "at(step=2).learning_rate_times(30, steps=3)": at(step=2).learning_rate_times(30, steps=3),
     "at(step=2, rank=0).corrupt_snapshot()": at(step=2).corrupt_snapshot(),
     "at(step=2, rank=1).disagree()": at(step=2, rank=1).disagree(),

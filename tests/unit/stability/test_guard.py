@@ -309,6 +309,23 @@ def test_other_ranks_are_not_held_to_what_an_incident_knows_of_the_old_ones() ->
     assert not any("had been wrong" in event.text for event in resumed.drain())
 
 
+def test_a_teacher_that_was_damaged_has_what_was_learned_from_it_done_again() -> None:
+    guard = make_guard()
+    train(guard, 60)
+    history = guard.history()
+    bad = stats_of(61, 60, loss=40.0)
+    assert isinstance(guard.judge(bad), Replay)
+    verdict = guard.teacher_harmed(bad, "rank 1 (node-b) held other weights of the teacher; they were loaded again", 50)
+    assert isinstance(verdict, Rollback)
+    assert (verdict.to_step, verdict.quarantine) == (50, None)
+    go_back(guard, verdict, bad, history, 50)
+    # the replay that the alarm asked for is forgotten: this is no repetition of it
+    assert isinstance(guard.judge(stats_of(51, 50)), Step)
+    train(guard, 85, first=52)
+    assert phases(guard)[-1] == "recovered"
+    assert make_guard(mode="watch").teacher_harmed(bad, "harm", 50) is None
+
+
 def test_a_reduced_gradient_that_differs_between_ranks_is_computed_again() -> None:
     guard = make_guard()
     train(guard, 30)
