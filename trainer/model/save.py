@@ -23,7 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.model.build import meta_model
-from trainer.model.configuration import pretrained_reference
+from trainer.model.configuration import max_positions, pretrained_reference
+from trainer.records import Classes
 
 MAX_SHARD_BYTES = 2_000_000_000
 """A single tensor that is larger has a file of its own."""
@@ -39,6 +40,7 @@ def save_model(
     tokenizer_path: Path,
     vocabulary: int,
     dtype: torch.dtype,
+    classes: Classes | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write configuration, generation configuration, safetensors and tokenizer to the directory `output`.
@@ -51,6 +53,7 @@ def save_model(
         tokenizer_path: directory of the run's tokenizer, or a `tokenizer.json`.
         vocabulary: tokens of the run's tokenizer, as given to `build_model`.
         dtype: type of the floating-point weights in the files.
+        classes: of a classifier, as given to `build_model`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or there twice.
@@ -58,13 +61,16 @@ def save_model(
     """
     if output.exists() and not (output.is_dir() and (_is_export(output) or not any(output.iterdir()))):
         raise RunDirectoryError(f"{output} is in the way: it is not an earlier export; move it, or export elsewhere")
-    model = meta_model(config, vocabulary)
+    model = meta_model(config, vocabulary, classes)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _write_weights(_expected(model, tensors, dtype), model, partial, max_shard_bytes)
         tokenizer = _tokenizer(tokenizer_path, config.model.trust_remote_code)
+        if classes is not None and (limit := max_positions(model.config)) is not None:
+            # who classifies with `truncation=True` gets what the model can take
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         tokenizer.save_pretrained(partial)
         _write_configuration(config, model, tokenizer, partial, dtype)
     except BaseException:
