@@ -77,8 +77,8 @@ def drill(
     ranks = config.cluster.nodes * config.cluster.ranks_per_node
     stage = config.zero.stage
     taught = config.distill is not None and config.distill.teacher.is_here
-    inside = catalogue(steps, ranks, stage, before, with_teacher=taught)
-    chosen = choose((*inside, *process_catalogue(steps, ranks)), wanted)
+    offered = catalogue(steps, ranks, stage, before, with_teacher=taught)
+    chosen = choose((*offered, *process_catalogue(steps, ranks)), wanted)
     inside = [each for each in chosen if not each.of_processes]
     outside = possible([each for each in chosen if each.of_processes], request.config, say)
     for warning in request.warnings:
