@@ -32,15 +32,19 @@ class CacheWriter:
         """
         Args:
             folder: of caches.
+        """
+        self.header = header
+        self.folder = folder / header.key
+
+    def create(self) -> None:
+        """Make the folder, with the header in it, whatever is in it already.
 
         Raises:
             RunDirectoryError: it cannot be written.
         """
-        self.header = header
-        self.folder = folder / header.key
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_header(self.folder, header)
+            write_header(self.folder, self.header)
         except OSError as error:
             raise RunDirectoryError(
                 f"{self.folder} cannot be written: {error.strerror}; set distill.cache.folder"
@@ -73,6 +77,11 @@ class CacheWriter:
         """
         assert len(records) == len(self.header.grid.within(block))
         write_block(path_of(self.folder, block), records, tally, seed_of(self.header.key, block))
+
+    def num_bytes(self) -> int:
+        """Of all blocks that are there."""
+        paths = (path_of(self.folder, block) for block in range(self.header.grid.blocks))
+        return sum(path.stat().st_size for path in paths if path.exists())
 
     def open_again(self) -> None:
         """Say that blocks are missing."""

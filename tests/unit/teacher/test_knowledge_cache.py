@@ -50,6 +50,7 @@ def targets_of(header: Header, ids) -> LogitTargets:
 
 def write(folder: Path, header: Header, blocks=None) -> CacheWriter:
     writer = CacheWriter(folder, header)
+    writer.create()
     for block in range(header.grid.blocks) if blocks is None else blocks:
         ids = np.array(header.grid.within(block))
         entries = entries_of(targets_of(header, ids), header.form, ids, header.seed, 16)
@@ -259,10 +260,10 @@ def test_a_header_that_was_changed_is_none(folder: Path) -> None:
         assert list(headers_in(folder)) == []
     path.write_text("{")
     assert list(headers_in(folder)) == []
-    CacheWriter(folder, header_for())
+    CacheWriter(folder, header_for()).create()
     assert open_cache(folder, WANTED)
 
 
 def test_a_place_that_takes_no_files() -> None:
     with pytest.raises(RunDirectoryError, match=r"distill\.cache\.folder"):
-        CacheWriter(Path("/proc/cache"), header_for())
+        CacheWriter(Path("/proc/cache"), header_for()).create()
