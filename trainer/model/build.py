@@ -21,11 +21,13 @@ from trainer.model.configuration import (
     auto_class,
     check_positions,
     first_line,
+    has_another_head,
     model_configuration,
     pretrained_reference,
 )
 from trainer.model.initialise import initialise
 from trainer.model.layers import check_places, kept_layers, layers_path, renaming
+from trainer.model.projections import attach_projections
 from trainer.model.tensors import read_tensors
 from trainer.records import Classes
 
@@ -62,6 +64,7 @@ def build_model(
         model = _from_gguf_sharded(config, model_config, zero3, dtype)
     else:
         model = _from_pretrained(config, model_config, zero3, dtype)
+    attach_projections(model, config, zero3=zero3, dtype=dtype)
     _adapt_positions(model, config)
     if config.model.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -93,6 +96,30 @@ def meta_model(config: RunConfig, vocabulary: int | None, classes: Classes | Non
             model = _instantiate(config, model_config, torch.float32)
     if config.model.layers is not None:
         _renaming_of_kept(config, model)
+    attach_projections(model, config, dtype=torch.float32)
+    return model
+
+
+def frozen_model(
+    config: RunConfig, model_config: PreTrainedConfig, *, zero3: dict[str, Any] | None, group: Any, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model that is never trained, in evaluation mode and without gradients; its weights are still to be filled in.
+
+    `position_ids` count from 0, as for :func:`build_model`.
+
+    Args:
+        zero3: as for :func:`build_model`.
+        group: the ranks that a parameter is sharded over; None: all.
+
+    Raises:
+        ConfigError: as :func:`build_model`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = _without_values(config, model_config, zero3, dtype, group)
+    model.tie_weights()
+    _adapt_positions(model, config)
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
@@ -124,7 +151,11 @@ def _from_scratch(
 
 
 def _without_values(
-    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    zero3: dict[str, Any] | None,
+    dtype: torch.dtype,
+    group: Any = None,
 ) -> PreTrainedModel:
     """Parameters with shapes and arbitrary values, not tied yet; under ZeRO-3 each is sharded as soon as it is made."""
     with ExitStack() as stack:
@@ -134,7 +165,7 @@ def _without_values(
 
             # before zero.Init, which would otherwise round the positions of rotary embeddings
             stack.enter_context(prevent_arange_dtype_change())
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3, dtype=dtype))
+            stack.enter_context(deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=zero3, dtype=dtype))
         return _instantiate(config, model_config, dtype)
 
 
@@ -173,11 +204,8 @@ def _from_pretrained(
         # where a kernel for packed weights is installed, they would stay packed, which cannot be trained
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     load: Callable[..., Any] = partial(auto_class(config).from_pretrained, name, **arguments)
-    if config.model.layers is not None:
-        load = _from_layers(config, model_config, zero3, dtype)
-    if config.objective.kind == "classification":
-        # a head for other classes
-        load = partial(load, ignore_mismatched_sizes=True)
+    if config.model.layers is not None or has_another_head(config, model_config):
+        load = _from_some(config, model_config, zero3, dtype)
     # transformers shards while loading as long as this object lives
     keeps_sharded = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
@@ -195,12 +223,6 @@ def _from_pretrained(
         if lacking:
             text = f"{config.model.pretrained} does not name the weights of its layers as {type(model).__name__} does"
             raise ConfigError([("model.layers", f"{text}: {lacking[0]} is missing")])
-    report = dict(report)
-    for key, *shapes in sorted(report.get("mismatched_keys", ())):
-        if key.startswith(f"{model.base_model_prefix}."):
-            theirs, ours = (list(shape) for shape in shapes)
-            raise ConfigError([("model.overrides", f"{key} is {theirs} in {name} and {ours} in the model")])
-        report["missing_keys"] = {*report["missing_keys"], key}
     for what, names in (
         ("does not have, drawn anew", "missing_keys"),
         ("has and the model does not", "unexpected_keys"),
@@ -213,14 +235,16 @@ def _from_pretrained(
     return model  # type: ignore[no-any-return]
 
 
-def _from_layers(
+def _from_some(
     config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
 ) -> Callable[..., Any]:
-    """`from_pretrained` with the kept layers of the checkpoint. Of the others nothing is read; but transformers reads a
-    .gguf file only whole."""
+    """`from_pretrained` with the kept layers of the checkpoint, and without a head for other classes. Of the others
+    nothing is read; but transformers reads a .gguf file only whole."""
     with torch.device("meta"):
         small = _instantiate(config, model_config, dtype)
     rename = _renaming_of_kept(config, small)
+    if has_another_head(config, model_config):
+        rename = _body_only(rename, f"{small.base_model_prefix}.")
     name, arguments = pretrained_reference(config.model)
     if "gguf_file" in arguments:
         source = _from_pretrained(*_whole(config, model_config), None, dtype)
@@ -241,7 +265,8 @@ def _renaming_of_kept(config: RunConfig, model: PreTrainedModel) -> Callable[[st
     Raises:
         ConfigError: they would not be the same layers there.
     """
-    assert config.model.layers is not None
+    if config.model.layers is None:
+        return str
     whole, source_config = _whole(config, model.config)
     kept = kept_layers(config.model.layers, source_config)
     with torch.device("meta"):
@@ -250,11 +275,15 @@ def _renaming_of_kept(config: RunConfig, model: PreTrainedModel) -> Callable[[st
     return renaming(source, kept)
 
 
+def _body_only(rename: Callable[[str], str | None], prefix: str) -> Callable[[str], str | None]:
+    return lambda name: rename(name) if name.startswith(prefix) else None
+
+
 def _whole(config: RunConfig, cut: PreTrainedConfig) -> tuple[RunConfig, PreTrainedConfig]:
     """The config of a run and of its model with all layers, and otherwise like `cut`."""
     whole = _with_options(config, layers=None)
     source_config = model_configuration(whole, None)
-    source_config.num_labels = cut.num_labels
+    source_config.id2label = cut.id2label
     return whole, source_config
 
 

@@ -82,7 +82,7 @@ def model_configuration(config: RunConfig, vocabulary: int | None, classes: Clas
     if config.model.pretrained is None:
         result = _from_fields(config.model.config or {}, vocabulary)
     else:
-        result = _from_pretrained(config.model)
+        result = pretrained_configuration(config.model)
     _check_objective(config, result)
     _check_vocabulary(config, result, vocabulary)
     if config.objective.kind == "classification" and classes is not None:
@@ -150,7 +150,12 @@ def _from_fields(fields: dict[str, Any], vocabulary: int | None) -> PreTrainedCo
     return _checked("model.config", lambda: config_class(**fields))
 
 
-def _from_pretrained(model: ModelConfig) -> PreTrainedConfig:
+def pretrained_configuration(model: ModelConfig) -> PreTrainedConfig:
+    """The configuration of `model.pretrained` with its overrides, and of its chosen layers; reads no weights.
+
+    Raises:
+        ConfigError: it cannot be read, a field is unknown or has a wrong value, or a layer is not there.
+    """
     name, arguments = pretrained_reference(model)
     try:
         result: PreTrainedConfig = AutoConfig.from_pretrained(name, **arguments)
@@ -210,6 +215,15 @@ def own_classes(model: PreTrainedConfig) -> tuple[str, ...] | None:
         return None
     names = {int(number): str(name) for number, name in (model.id2label or {}).items()}
     return tuple(names[number] for number in sorted(names))
+
+
+def has_another_head(config: RunConfig, model: PreTrainedConfig) -> bool:
+    """Whether `model.pretrained` is a classifier, and of another number of classes than `model`."""
+    assert config.model.pretrained is not None
+    if config.objective.kind != "classification" or config.model.pretrained.endswith(".gguf"):
+        return False
+    own = own_classes(pretrained_configuration(config.model))
+    return own is not None and len(own) != model.num_labels
 
 
 def _set_classes(config: RunConfig, model: PreTrainedConfig, classes: Classes) -> None:

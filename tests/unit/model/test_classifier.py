@@ -20,6 +20,7 @@ from trainer.model.save import save_model
 from trainer.records import Classes
 
 CLASSES = Classes(("fresh", "plot", "rotten"), 1)
+FIVE = Classes(("a", "b", "c", "d", "e"), 1)
 NAMES = ["bert", "roberta", "modernbert", "llama", "gpt2"]
 
 
@@ -104,13 +105,13 @@ def test_a_classifier_keeps_its_head_for_its_own_classes_only(tmp_path: Path, ca
         build(config, Classes(("fresh", "rotten", "plot"), 1))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        five = build(config, Classes(("a", "b", "c", "d", "e"), 1))
+        five = build(config, FIVE)
     assert five.classifier.weight.shape == (5, 16)
     assert five.classifier.weight.std() > 0
     assert "drawn anew: classifier.bias, classifier.weight" in caplog.text
-    body = run_config(pretrained=str(tmp_path / "own"), kind="classification", overrides={"intermediate_size": 8})
-    with pytest.raises(ConfigError, match=r"model\.overrides: bert\.encoder\..*bias is \[24\] in .* and \[8\]"):
-        build(body)
+    body = build(run_config(pretrained=str(tmp_path / "own"), kind="classification", layers="first:1"), FIVE)
+    assert torch.equal(body.bert.encoder.layer[0].output.dense.weight, model.bert.encoder.layer[0].output.dense.weight)
+    assert torch.equal(body.classifier.weight, five.classifier.weight)
 
 
 def test_architectures_without_a_classifier_are_refused() -> None:
