@@ -133,6 +133,28 @@ def prepare(
 
 
 @app.command()
+def teach(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    ranks: RanksOption = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option("--split", metavar="NAME", help="train (default) or held_out; may be given again."),
+    ] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Shard the teacher over the ranks (zero3), where it is too large for one.")
+    ] = False,
+) -> None:
+    """Write what a teacher predicts, for `distill.teacher.place: cache`. The same command goes on where it stopped."""
+    from launcher import start
+    from launcher.teach import teach as write_knowledge
+
+    request = start.read_request(config, overrides or (), ranks)
+    _warn(request)
+    raise typer.Exit(write_knowledge(request, split or ("train",), sharded, _say))
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder of runs, or one run.")] = Path("runs"),
 ) -> None:

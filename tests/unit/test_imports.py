@@ -69,6 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.meeting": ("trainer.heartbeat", *GROUND),
     "trainer.__main__": ("trainer",),
     "trainer.drill": ("trainer",),
+    "trainer.teach": ("trainer",),
     "launcher": (
         "trainer.config",
         "trainer.telemetry.ledger",
