@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.slurm import verbs
-from trainer.errors import TrimtabError
+from trainer.errors import LaunchError, TrimtabError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Sequence
+
+    from rich.console import Console, RenderableType
 
     from launcher import start
 
@@ -26,6 +28,9 @@ app = typer.Typer(
 )
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the directory of a run.")]
+RunnableArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file of a run or of a pipeline, or the directory of a run.")
+]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Options on top of the config: optim.lr=1e-3")
 ]
@@ -48,6 +53,14 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
+def _show(result: str | RenderableType) -> None:
+    """Print what was asked for."""
+    if isinstance(result, str):
+        print(result, flush=True)
+    else:
+        _console().print(result)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -67,28 +80,36 @@ def _options(
 
 @app.command()
 def run(
-    config: ConfigArgument,
+    config: RunnableArgument,
     overrides: OverridesArgument = None,
     ranks: RanksOption = None,
     fresh: FreshOption = False,
 ) -> None:
-    """Train on this machine. The same command again goes on where the run stopped."""
-    from launcher import start, words
+    """Train on this machine: a run, or the stages of a pipeline. The same command again goes on where it stopped."""
+    from launcher import here, start
+    from launcher.pipelines.stages import is_pipeline
 
+    if is_pipeline(config):
+        raise typer.Exit(_run_pipeline(config, overrides or (), ranks, fresh))
     request = start.read_request(config, overrides or (), ranks)
     _warn(request)
-    start.require_startable(request.config)
-    with start.entered(request, fresh, _say) as lock:
-        if earlier := start.completed_before(request.root):
-            print(words.closing(request.root, earlier))
-            _say("There is nothing left to do; --fresh trains it anew.")
-            return
-        plan = start.make_ready(request, lock, _say)
-        outcome = start.train(request, plan, lock, _say)
-        if outcome["reason"] == "completed" and not start.is_exported(request.root) and start.export(request.root):
-            _say(f"the run is complete, but was not exported; see above, then: trimtab export {request.root}")
-    print(words.closing(request.root, outcome), flush=True)
-    raise typer.Exit(int(outcome["exit_code"]))
+    ended = here.run(request, _say, _show, fresh=fresh)
+    if ended.before:
+        _say("There is nothing left to do; --fresh trains it anew.")
+    raise typer.Exit(int(ended.outcome["exit_code"]))
+
+
+def _run_pipeline(path: Path, overrides: Sequence[str], ranks: int | None, fresh: bool) -> int:
+    from launcher.pipelines.here import run_pipeline
+    from launcher.pipelines.stages import read_pipeline
+
+    if ranks is not None:
+        raise LaunchError(f"{path} is a pipeline: ranks are given in it, by stage")
+    pipeline = read_pipeline(path, overrides, here=True)
+    for stage in pipeline.stages:
+        for request in stage.requests:
+            _warn(request)
+    return run_pipeline(pipeline, _say, _show, fresh=fresh)
 
 
 @app.command()

@@ -76,16 +76,26 @@ def entered(request: Request, fresh: bool, say: Say) -> Iterator[int | None]:
         RunDirectoryError: it is unwritable, in use, something else, or of a run with another config.
     """
     root = request.root
-    if fresh and root.is_dir() and any(root.iterdir()):
-        create(root)
-        with locked(root):
-            say(f"moved the earlier run to {move_aside(root)}")
+    if fresh:
+        put_aside(root, say)
     create(root)
     with locked(root) as lock:
         if lock is None:
             say(f"{root} is on a file system without locks: nothing stops a second start of the same run")
         _accept_config(request, say)
         yield lock
+
+
+def put_aside(root: Path, say: Say) -> None:
+    """Move what an earlier run left to NAME.old-N, if there is anything.
+
+    Raises:
+        RunDirectoryError: it is unwritable, in use, or something else.
+    """
+    if root.is_dir() and any(root.iterdir()):
+        create(root)
+        with locked(root):
+            say(f"moved the earlier run to {move_aside(root)}")
 
 
 def _accept_config(request: Request, say: Say) -> None:
@@ -243,8 +253,11 @@ def num_samples(files: RunFiles, config: RunConfig) -> int | None:
     return round(sum(tokens)) // config.data.sequence_length
 
 
-def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str, Any]:
-    """Start the ranks here, again where that is worth it, and return the outcome of the run."""
+def train(
+    request: Request, plan: Plan, lock: int | None, say: Say, requests: local.Requests | None = None
+) -> dict[str, Any]:
+    """Start the ranks here, again where that is worth it, and return the outcome of the run. `requests` as in
+    :func:`prepare`."""
     from launcher.supervision import Job, see_through
 
     layout = layout_of(request.config, plan)
@@ -254,7 +267,9 @@ def train(request: Request, plan: Plan, lock: int | None, say: Say) -> dict[str,
         "PET_SHUTDOWN_TIMEOUT": str(accelerate.SHUTDOWN_SECONDS),
     }
     argv = accelerate.accelerate_argv(request.root)
-    return see_through(Job(request.root, argv, environment, layout.ranks, lock), request.config.supervision, say)
+    return see_through(
+        Job(request.root, argv, environment, layout.ranks, lock), request.config.supervision, say, requests
+    )
 
 
 def is_exported(root: Path) -> bool:

@@ -45,10 +45,13 @@ class Job:
     """Descriptor of the run's lock, which the ranks' agent holds too."""
 
 
-def see_through(job: Job, config: SupervisionConfig, say: Say) -> Outcome:
+def see_through(job: Job, config: SupervisionConfig, say: Say, requests: local.Requests | None = None) -> Outcome:
     """Start the ranks until the run has ended in a way that another start would not change, or gets no further.
 
     Requests to stop are held back over all starts and the waits between them. Must be called from the main thread.
+
+    Args:
+        requests: to stop; held back by the caller for longer than this lasts.
 
     Returns:
         The outcome of the last start, as `outcome.json` has it, or made up of what was seen of it.
@@ -60,7 +63,8 @@ def see_through(job: Job, config: SupervisionConfig, say: Say) -> Outcome:
     began_at = position(files)
     endings: list[Ending] = []
     relaunched: dict[str, Any] | None = None
-    with local.Requests() as requests:
+    with contextlib.ExitStack() as stack:
+        requests = requests or stack.enter_context(local.Requests())
         while True:
             ended, outcome, death = start_once(job, config, relaunched, requests, say)
             over = time.time()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.pipelines.stages import Pipeline, Stage
-from launcher.run_directory import differences, has_trained
+from launcher.run_directory import differences, has_trained, read_outcome, write_atomically
 from launcher.start import completed_before, is_exported
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
-from trainer.errors import RunDirectoryError
+from trainer.errors import ExitCode, RunDirectoryError
+
+CANCELLED = "cancelled"
+"""Reason in the outcome of a run that was not started, because one that it waited for did not end well."""
 
 
 def needed_exports(pipeline: Pipeline) -> frozenset[Path]:
@@ -52,3 +56,22 @@ def refuse_other_configs(pipeline: Pipeline) -> None:
                     f"use another name for the stage {stage.name} or for the pipeline, or --fresh, which moves the old "
                     "runs aside"
                 )
+
+
+def note_cancellation(run: Path, message: str) -> None:
+    """Give a run that was to come and will not an outcome that says why, where nothing of it has begun."""
+    files = RunFiles(run)
+    if not run.is_dir() or has_trained(run) or read_outcome(run) is not None:
+        return
+    about = {
+        "reason": CANCELLED, "exit_code": int(ExitCode.USAGE), "message": message, "step": 0, "steps": None,
+        "checkpoint": None, "held_out_loss": None, "start": 0,
+    }  # fmt: skip
+    write_atomically(files.outcome, json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def forget_cancellation(run: Path) -> None:
+    """It is to come all the same."""
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["reason"] == CANCELLED:
+        RunFiles(run).outcome.unlink(missing_ok=True)

@@ -6,22 +6,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.pipelines.progress import is_done, listed, needed_exports, refuse_other_configs, whence
+from launcher.pipelines.progress import (
+    forget_cancellation,
+    is_done,
+    listed,
+    needed_exports,
+    note_cancellation,
+    refuse_other_configs,
+    whence,
+)
 from launcher.pipelines.record import FILE_NAME, PipelineRecord, StageRecord, held, read_record, write_record
 from launcher.pipelines.stages import Pipeline, Stage
 from launcher.pipelines.sweep import enter_sweep, make_folder, require_folder
-from launcher.run_directory import has_trained, read_outcome, write_atomically
 from launcher.slurm.history import read_jobs
 from launcher.slurm.stage_jobs import current_jobs, job_of_runs
 from launcher.start import Request
 from trainer.config.files import RunFiles
-from trainer.errors import ExitCode, LaunchError
+from trainer.errors import LaunchError
 
 Say = Callable[[str], None]
 Submit = Callable[[Stage, Sequence[Request], Sequence[str]], str | None]
@@ -31,9 +37,6 @@ States = Callable[[Sequence[str]], Mapping[str, str]]
 array's id stands for its tasks, each by its own."""
 Cancel = Callable[[Sequence[str]], None]
 """End jobs by their ids."""
-
-CANCELLED = "cancelled"
-"""Reason in the outcome of a run that was not started, because one that it waited for did not end well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def _carry_out(
         if stage.sweep is not None:
             enter_sweep(stage.sweep, say)
         for request in step.requests:
-            _forget_cancellation(request.root)
+            forget_cancellation(request.root)
         after = [job for name in stage.after for job in waited.get(name, ())]
         if (job := submit(stage, step.requests, after)) is None:
             continue
@@ -236,7 +239,7 @@ def cancel_after(root: Path, why: str, cancel: Cancel) -> list[str]:
         jobs = [job for stage in stages for job in current_jobs(stage)]
         for stage in stages:
             for run in map(Path, stage.runs):
-                _note_cancellation(run, f"not started: stage {failed!r} {why}")
+                note_cancellation(run, f"not started: stage {failed!r} {why}")
         if record is not None and stages:
             without = [each.model_copy(update={"job": ""}) if each in stages else each for each in record.stages]
             write_record(folder, record.model_copy(update={"stages": tuple(without)}))
@@ -269,20 +272,3 @@ def _waiting_for(record: PipelineRecord, name: str) -> list[StageRecord]:
 def _has_begun(stage: StageRecord) -> bool:
     jobs = {job.job for run in stage.runs for job in read_jobs(RunFiles(Path(run)))}
     return any(job == stage.job or job.startswith(f"{stage.job}_") for job in jobs)
-
-
-def _note_cancellation(run: Path, message: str) -> None:
-    files = RunFiles(run)
-    if not run.is_dir() or has_trained(run) or read_outcome(run) is not None:
-        return
-    about = {
-        "reason": CANCELLED, "exit_code": int(ExitCode.USAGE), "message": message, "step": 0, "steps": None,
-        "checkpoint": None, "held_out_loss": None, "start": 0,
-    }  # fmt: skip
-    write_atomically(files.outcome, json.dumps(about, indent=1, ensure_ascii=False))
-
-
-def _forget_cancellation(run: Path) -> None:
-    outcome = read_outcome(run)
-    if outcome is not None and outcome["reason"] == CANCELLED:
-        RunFiles(run).outcome.unlink(missing_ok=True)

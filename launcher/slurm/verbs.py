@@ -59,7 +59,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything, write and submit nothing.")] = False,
 ) -> None:
     """Submit a run to Slurm. Its jobs look after it: they requeue it until it has ended."""
-    from launcher import start
+    from launcher import comparison, start
     from launcher.pipelines.stages import is_pipeline
     from launcher.pipelines.sweep import expand
     from launcher.slurm.site import load_site
@@ -77,6 +77,9 @@ def submit(
         requests = [start.read_request(config, overrides or (), ranks)]
     for warning in dict.fromkeys(text for each in requests for text in each.warnings):
         _say(f"warning: {warning}")
+    for request in requests:
+        if comparison.is_wanted(request.config):
+            _say(f"note: {comparison.on_slurm(request)}")
     done = submit_runs(requests, options, dry_run=dry_run, say=_say)
     if dry_run:
         _show(done)
@@ -95,12 +98,16 @@ def _show(done: Submitted) -> None:
 
 
 def _submit_pipeline(path: Path, overrides: Sequence[str], options: SubmitOptions, dry_run: bool) -> None:
+    from launcher import comparison
     from launcher.pipelines.stages import read_pipeline
     from launcher.slurm import scheduler
     from launcher.slurm.pipeline import submit_pipeline
     from launcher.slurm.submit import submit_runs
 
     pipeline = read_pipeline(path, overrides)
+    for request in (request for stage in pipeline.stages for request in stage.requests):
+        if comparison.is_wanted(request.config):
+            _say(f"note: {comparison.on_slurm(request)}")
 
     def submit_stage(stage: Stage, requests: Sequence[Request], after: Sequence[str]) -> str | None:
         own = replace(options, nodes=stage.nodes, time=stage.time or options.time)
