@@ -58,12 +58,12 @@ def initialise(model: PreTrainedModel, seed: int, *, scale_residual: bool = Fals
     with torch.random.fork_rng(devices=[]):
         for own, touched, rules in _units(model):
             fresh = {name: parameter for name, parameter in own.items() if id(parameter) not in done}
-            with _gathered(list(touched.values())), _on_cpu_in_fp32(list(touched.values())):
+            with gathered(list(touched.values())), _on_cpu_in_fp32(list(touched.values())):
                 for parameter in fresh.values():
                     parameter.fill_(math.nan)
                 for name, module, owner in rules:
                     if id(module) not in done:
-                        torch.default_generator.manual_seed(_seed_of(seed, name))
+                        torch.default_generator.manual_seed(seed_of(seed, name))
                         owner._init_weights(module)  # type: ignore[no-untyped-call]
                         done.add(id(module))
                 for name, parameter in fresh.items():
@@ -72,7 +72,7 @@ def initialise(model: PreTrainedModel, seed: int, *, scale_residual: bool = Fals
                             [("model.config.model_type", f"{type(model).__name__} does not say how {name} begins")]
                         )
                     if residual_std is not None and parameter.dim() > 1 and _WRITER.search(name):
-                        torch.default_generator.manual_seed(_seed_of(seed, name))
+                        torch.default_generator.manual_seed(seed_of(seed, name))
                         parameter.normal_(0.0, residual_std)
                         num_scaled += 1
             done.update(id(parameter) for parameter in fresh.values())
@@ -125,7 +125,7 @@ def _units(root: PreTrainedModel) -> Iterator[tuple[_Named, _Named, list[_Rule]]
     yield from walk("", root, root, is_layer=False)
 
 
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """The full values of ZeRO-3 parameters; what rank 0 leaves in them is sharded again at the end."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
@@ -150,7 +150,8 @@ def _on_cpu_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
                 parameter.data = home
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """Seed of the values of what bears this name."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 

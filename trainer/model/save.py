@@ -24,6 +24,7 @@ from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.model.build import meta_model
 from trainer.model.configuration import max_positions, pretrained_reference
+from trainer.model.projections import is_projection
 from trainer.records import Classes
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -61,7 +62,8 @@ def save_model(
     """
     if output.exists() and not (output.is_dir() and (_is_export(output) or not any(output.iterdir()))):
         raise RunDirectoryError(f"{output} is in the way: it is not an earlier export; move it, or export elsewhere")
-    model = meta_model(config, vocabulary, classes)
+    # without projections to a teacher, whose files may be gone by now
+    model = meta_model(config.model_copy(update={"distill": None}), vocabulary, classes)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -88,13 +90,15 @@ def _is_export(folder: Path) -> bool:
 def _expected(
     model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of the model once, in the type of the file."""
+    """Each tensor of the model once, in the type of the file; what only distillation needed is left out."""
     everything = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters
     missing = set(everything) - aliases
     seen: set[str] = set()
     for name, tensor in tensors:
+        if is_projection(name):
+            continue
         if name not in everything:
             raise CheckpointError(f"the checkpoint has a tensor {name}, which {type(model).__name__} does not have")
         if tensor.shape != everything[name].shape:
