@@ -106,3 +106,60 @@ def test_all_else_is_the_stream_itself() -> None:
     assert stream.next_batch == 1  # type: ignore[attr-defined]
     assert iter(stream) is stream
     assert poisoned(plain, [at(step=3).gradient_is_nan(), at(batch=3).data_is_nan()], VOCABULARY) is plain
+
+
+CLASSES = 4
+
+
+class Labelled(Plain):
+    """Texts of 1 … 32 tokens with a class; each micro-batch ends with its longest text."""
+
+    def read(self, batch_index: int) -> Batch:
+        generator = np.random.default_rng(batch_index)
+        mask = np.arange(LENGTH) < generator.integers(1, LENGTH + 1, SAMPLES)[:, None]
+        tokens = generator.integers(1, VOCABULARY, mask.shape) * mask
+        labels = generator.integers(0, CLASSES, SAMPLES)
+        micro = []
+        for rows in self._rows:
+            longest = int(mask[rows].sum(axis=1).max())
+            arrays = {"input_ids": tokens[rows, :longest], "attention_mask": mask[rows, :longest].astype(np.int64)}
+            micro.append({**arrays, "labels": labels[rows]})
+        return Batch(batch_index, 0, np.arange(SAMPLES), SAMPLES, tuple(micro))
+
+
+def texts(stream: object, index: int) -> list[tuple[list[int], int]]:
+    """(tokens, class) of each sample; padding stays padding."""
+    result = []
+    for arrays in stream.read(index).micro_batches:  # type: ignore[attr-defined]
+        for tokens, mask, label in zip(
+            arrays["input_ids"], arrays["attention_mask"].astype(bool), arrays["labels"], strict=True
+        ):
+            assert not tokens[~mask].any()
+            result.append((tokens[mask].tolist(), int(label)))
+    return result
+
+
+@pytest.mark.parametrize("fault", TOKENS.values(), ids=TOKENS)
+def test_labelled_texts_change_the_same_way_for_everyone(fault: Fault) -> None:
+    whole_batch, cut = (poisoned(Labelled(rows), [fault], VOCABULARY, CLASSES) for rows in (ONE, CUT))
+    for index in range(7):
+        found, before = texts(whole_batch, index), texts(Labelled(ONE), index)
+        assert found == texts(cut, index)
+        changed_texts = [a[0] != b[0] for a, b in zip(found, before, strict=True)]
+        changed_labels = [a[1] != b[1] for a, b in zip(found, before, strict=True)]
+        assert any(changed_texts) == (3 <= index <= 4 and fault not in SPARE_INPUTS)
+        labels_may_change = fault in SPARE_INPUTS or (fault is TOKENS["both"] and index == 4)
+        assert not any(changed_labels) or (labels_may_change and 3 <= index <= 4)
+        assert all(0 <= label < CLASSES for _, label in found)
+        assert [len(a[0]) for a in found] == [len(b[0]) for b in before]
+
+
+def test_labels_of_texts_are_drawn_anew() -> None:
+    def share_changed(fault: Fault, index: int) -> float:
+        found = texts(poisoned(Labelled(ONE), [fault], VOCABULARY, CLASSES), index)
+        return float(np.mean([a[1] != b[1] for a, b in zip(found, texts(Labelled(ONE), index), strict=True)]))
+
+    everywhere = [share_changed(batches(0, 99).shuffled_labels(), index) for index in range(100)]
+    assert np.mean(everywhere) == pytest.approx(1 - 1 / CLASSES, abs=0.06)
+    drifting = [share_changed(from_batch(0).drift(0.01), index) for index in range(100)]
+    assert np.mean(drifting[:30]) < 0.2 < 0.5 < np.mean(drifting[70:])
