@@ -27,6 +27,7 @@ def check_config(config: RunConfig, source: str = "the config") -> list[str]:
     problems = [
         *_name(config),
         *_sources(config),
+        *_classification(config),
         *_tokenizer(config),
         *_model(config),
         *_run(config),
@@ -90,6 +91,20 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
     for index, (first, last) in enumerate(config.data.exclude_batches):
         if first > last:
             yield f"data.exclude_batches.{index}", f"is [first, last], but {first} comes after {last}"
+
+
+def _classification(config: RunConfig) -> Iterator[Problem]:
+    sources = config.data.sources
+    if all(source.use == "held_out" for source in sources):
+        yield "data.sources", "none is trained on: `use` is held_out everywhere"
+    if config.objective.kind != "classification":
+        return
+    for index, source in enumerate(sources):
+        path = f"data.sources.{index}.label"
+        if source.stdlib:
+            yield path, "the standard library's files have no classes; use other sources, or another objective.kind"
+        elif source.label is None:
+            yield path, "is needed: name the column of the class (objective.kind is classification)"
 
 
 def _tokenizer(config: RunConfig) -> Iterator[Problem]:
@@ -193,10 +208,15 @@ def _stability_without_effect(config: RunConfig) -> Iterator[tuple[str, bool, st
 
 
 def _without_effect(config: RunConfig) -> Iterator[Problem]:
-    masked, stage = config.objective.kind == "masked", config.zero.stage
-    on_cpu, evaluated = config.cluster.device == "cpu", config.data.held_out > 0
+    kind, stage, on_cpu = config.objective.kind, config.zero.stage, config.cluster.device == "cpu"
+    uses = {source.use for source in config.data.sources}
+    evaluated = "held_out" in uses or (config.data.held_out > 0 and "both" in uses)
+    not_held_out = "data.held_out is 0" if "both" in uses else "every source is for training (`use`)"
+    each_alone = "each text is a sample of its own (objective.kind is classification)"
     rules = [
-        ("objective.mask_fraction", not masked, "objective.kind is causal"),
+        ("objective.mask_fraction", kind != "masked", f"objective.kind is {kind}"),
+        ("data.boundaries", kind == "classification", each_alone),
+        ("data.held_out", "both" not in uses, "every source says where its documents go (`use`)"),
         ("schedule.decay", config.schedule.kind != "wsd", f"schedule.kind is {config.schedule.kind}"),
         ("schedule.floor", config.schedule.kind == "constant", "schedule.kind is constant"),
         ("model.overrides", config.model.pretrained is None, "the model is made from model.config: write it there"),
@@ -205,8 +225,8 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         ("zero.bucket_elements", stage == 0, "zero.stage is 0"),
         ("zero.offload", on_cpu, "on CPU everything is in host memory"),
         ("cluster.threads_per_rank", config.cluster.device == "cuda", "cluster.device is cuda"),
-        ("evaluation.every", not evaluated, "data.held_out is 0"),
-        ("evaluation.max_samples", not evaluated, "data.held_out is 0"),
+        ("evaluation.every", not evaluated, not_held_out),
+        ("evaluation.max_samples", not evaluated, not_held_out),
         ("optim.decay_embeddings", config.optim.weight_decay == 0, "optim.weight_decay is 0"),
         *_stability_without_effect(config),
     ]
@@ -220,10 +240,14 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
     if config.guard.mode == "act" and config.snapshots.every is None and config.checkpoint.every is None:
         yield "guard.mode", "there is no state to go back to: neither snapshots nor checkpoints are taken on the way"
     for index, source in enumerate(config.data.sources):
-        yield from _source_without_effect(f"data.sources.{index}", source)
+        yield from _source_without_effect(f"data.sources.{index}", source, kind)
 
 
-def _source_without_effect(path: str, source: SourceConfig) -> Iterator[Problem]:
+def _source_without_effect(path: str, source: SourceConfig, kind: str) -> Iterator[Problem]:
+    if source.label is not None and kind != "classification":
+        yield f"{path}.label", f"has no effect: objective.kind is {kind}"
+    if source.classes and source.label is None:
+        yield f"{path}.classes", "has no effect: it belongs to `label`"
     for name in ("split", "hub_config"):
         if source.hub is None and _is_set(source, name):
             yield f"{path}.{name}", "has no effect: it belongs to `hub`"

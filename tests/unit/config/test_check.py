@@ -32,6 +32,8 @@ def test_a_valid_config_has_neither_problems_nor_warnings():
     assert check_config(config_with()) == []
 
 
+CLASSIFIED = {"sources": ({"hub": "x", "label": "y"},), "tokenizer": {"train": {}}}
+
 NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
 
 
@@ -146,6 +148,21 @@ NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
             "model.attention",
             "flash_attention_2 needs a GPU; use sdpa or eager on CPU",
         ),
+        (
+            {"objective__kind": "classification", "data__sources": ({"hub": "x", "label": "y"}, {"hub": "z"})},
+            "data.sources.1.label",
+            "is needed: name the column of the class (objective.kind is classification)",
+        ),
+        (
+            {"objective__kind": "classification"},
+            "data.sources.0.label",
+            "the standard library's files have no classes; use other sources, or another objective.kind",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "use": "held_out"},)},
+            "data.sources",
+            "none is trained on: `use` is held_out everywhere",
+        ),
     ],
 )
 def test_each_contradiction_is_one_sentence_at_its_path(changes, path, sentence):
@@ -189,6 +206,26 @@ def test_all_contradictions_come_at_once():
         (
             {"data__sources": ({"stdlib": True, "split": "x"},)},
             "data.sources.0.split: has no effect: it belongs to `hub`",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "label": "y", "classes": ("a", "b")},)},
+            "data.sources.0.label: has no effect: objective.kind is causal",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "classes": ("a", "b")},)},
+            "data.sources.0.classes: has no effect: it belongs to `label`",
+        ),
+        (
+            {"objective__kind": "classification", "data": CLASSIFIED | {"boundaries": "block"}},
+            "data.boundaries: has no effect: each text is a sample of its own (objective.kind is classification)",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "use": "train"}, {"hub": "y", "use": "held_out"}), "data__held_out": 0.1},
+            "data.held_out: has no effect: every source says where its documents go (`use`)",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "use": "train"},), "evaluation__every": 7},
+            "evaluation.every: has no effect: every source is for training (`use`)",
         ),
         (
             {"data__sources": ({"stdlib": True, "column": "x"},)},
