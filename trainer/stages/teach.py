@@ -155,9 +155,8 @@ class Teaching:
         teacher = distill_of(self._setting.config).teacher
         assert self._wanted.teacher is not None
         about = (self._wanted.teacher, name_of(teacher), self._computes_in(teacher))
-        return Header.of(
-            self._wanted, about, vocabulary_of(targets, self._wanted.vocabulary), self._setting.config.seed
-        )
+        vocabulary = vocabulary_of(targets) or self._wanted.vocabulary
+        return Header.of(self._wanted, about, vocabulary, self._setting.config.seed)
 
     def _computes_in(self, teacher: TeacherConfig) -> str:
         if teacher.place == "server":

@@ -33,15 +33,14 @@ class Entries:
     """[N] fp64: probability of the entries."""
 
 
-def vocabulary_of(targets: Targets, limit: int) -> int:
-    """Tokens, or classes, of which something can be known: the teacher's, at most `limit`. A collective where the
-    teacher is sharded."""
+def vocabulary_of(targets: Targets) -> int | None:
+    """Tokens, or classes, that the teacher has; None where it does not show. A collective where it is sharded."""
     if isinstance(targets, SparseTargets):
-        return limit
+        return None
     if isinstance(targets, LogitTargets):
-        return min(limit, targets.logits.shape[-1])
+        return targets.logits.shape[-1]
     with targets.whole():
-        return min(limit, targets.head.weight.shape[0])
+        return targets.head.weight.shape[0]
 
 
 def entries_of(targets: Targets, form: Form, samples: IntArray, seed: int, chunk: int) -> Entries:

@@ -67,8 +67,8 @@ def test_from_the_state_before_the_head(softcap):
 def test_tokens_that_only_pad_the_vocabulary_are_left_out():
     logits = logits_of(2)
     logits[..., 30:] += 100
-    assert vocabulary_of(LogitTargets(logits), 30) == 30
-    assert vocabulary_of(DenseTargets(torch.zeros(1, 2, 8), Head(torch.zeros(20, 8))), 30) == 20
+    assert vocabulary_of(LogitTargets(logits)) == VOCABULARY
+    assert vocabulary_of(DenseTargets(torch.zeros(1, 2, 8), Head(torch.zeros(20, 8)))) == 20
     found = entries_of(LogitTargets(logits), form(vocabulary=30), np.arange(2), 0, 4)
     plain = entries_of(LogitTargets(logits[..., :30]), form(vocabulary=30), np.arange(2), 0, 4)
     assert torch.equal(found.ids, plain.ids)

@@ -1,0 +1,232 @@
+"""Several ranks write what a teacher knows: the same bytes however many they are and wherever they were interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from pool import RankFailedError, RankPool
+from torch import Tensor
+from workspace import make_workspace
+
+from trainer.config.files import RunFiles
+from trainer.config.load import load_config
+from trainer.config.schema import RunConfig
+from trainer.data.order import Order
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Prepared
+from trainer.data.stream import Stream
+from trainer.engine.ranks import Ranks
+from trainer.errors import DataError
+from trainer.knowledge import DenseTargets, Head, Knowledge
+from trainer.stages.build import Setting
+from trainer.stages.caching import open_knowledge
+from trainer.stages.teach import Taught, Teaching, writing
+from trainer.stop import StopRequest
+from trainer.teacher.sparse import sparse_targets
+
+PADDED = 400
+"""Rows of the teacher's head: the tokenizer has 384."""
+
+
+class TableTeacher:
+    """Looks its predictions up by the last two tokens. Its forward pass is a collective, as a sharded teacher's is."""
+
+    def __init__(self, vocabulary: int, stop_after: int | None, stop: StopRequest, broken: bool):
+        generator = torch.Generator().manual_seed(1)
+        self._table = torch.randn(PADDED, 8, generator=generator)
+        self._head = Head(torch.randn(PADDED, 8, generator=generator))
+        self._head.weight[5] = self._head.weight[7]  # two tokens that are always equally probable
+        self._stop_after, self._stop, self._broken = stop_after, stop, broken
+        self.asked = 0
+        self.vocabulary = vocabulary
+
+    def annotate(self, ids: Any, arrays: Any) -> dict[str, Any]:
+        return {}
+
+    def knowledge(self, tensors: Mapping[str, Tensor]) -> Knowledge:
+        dist.all_reduce(torch.zeros(1))
+        self.asked += 1
+        if self._stop_after is not None and self.asked > self._stop_after:
+            self._stop.signal_name = "SIGTERM"
+        ids = tensors["input_ids"]
+        hidden = self._table[ids] + 0.5 * self._table[ids.roll(1, dims=1)]
+        return Knowledge(DenseTargets(hidden * (torch.nan if self._broken and self.asked == 9 else 1), self._head))
+
+    def mend(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Place:
+    root: Path
+    config: RunConfig
+    prepared: Prepared
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("teaching")
+    workspace = make_workspace(root / "workspace")
+    teacher = root / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    overrides = [
+        f"data.prepared={root / 'data'}",
+        "data.sequence_length=16",
+        f"distill={{teacher: {{place: cache, pretrained: {teacher}}}}}",
+        f"distill.cache={{folder: {root / 'cache'}, top: 6, precision: fp32}}",
+    ]
+    config = load_config(workspace.config, overrides)
+    prepared = prepare(config.data, base=root, tokenizer_fallback=None, trust_remote_code=False, progress=None)
+    return Place(root, config, prepared)
+
+
+def setting_of(config: RunConfig, rank: int, world_size: int, prepared: Path) -> Setting:
+    ranks = Ranks(rank, world_size, rank)
+    facts: Any = None
+    opened = Prepared.open(prepared)
+    return Setting(RunFiles(prepared), config, ranks, "cpu", "fp32", opened, facts, StopRequest())
+
+
+def teach(
+    rank: int,
+    world_size: int,
+    *,
+    config: RunConfig,
+    prepared: Path,
+    stop_after: int | None = None,
+    broken: bool = False,
+) -> tuple[Taught | None, int]:
+    """What a rank wrote, and how often its teacher was asked."""
+    setting = setting_of(writing(config, sharded=True), rank, world_size, prepared)
+    teachers = []
+
+    def open_teacher(setting: Setting) -> TableTeacher:
+        # one rank is told to stop, and one is broken
+        after = stop_after if rank == world_size - 1 else None
+        teachers.append(TableTeacher(384, after, setting.stop, broken and rank == 0))
+        return teachers[-1]
+
+    stages: list[tuple[str, int, int]] = []
+    result = Teaching(setting, "train", open_teacher, lambda *told: stages.append(told)).run()
+    assert all(0 <= done <= total for _, done, total in stages)
+    return result, teachers[0].asked if teachers else 0
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def moved(config: RunConfig, folder: Path, **cache: Any) -> RunConfig:
+    distill = config.distill
+    assert distill is not None
+    changed = distill.cache.model_copy(update={"folder": str(folder), **cache})
+    return config.model_copy(update={"distill": distill.model_copy(update={"cache": changed})})
+
+
+def test_two_ranks_write_what_is_computed_online(two_ranks: RankPool, place: Place) -> None:
+    (taught, asked), (_, other) = two_ranks(teach, config=place.config, prepared=place.prepared.path)
+    assert asked == other > 20
+    header, samples = taught.header, place.prepared.samples("train", 16, "positions")
+    assert header.samples == len(samples) > 100
+    assert header.vocabulary == place.prepared.vocabulary < PADDED == header.teacher_vocabulary
+    assert taught.tally.samples == len(samples)
+    assert taught.tally.tokens == taught.new_tokens == len(samples) * 16
+    assert taught.tally.targets == samples.num_targets(np.arange(len(samples)))
+    assert taught.tally.entries == 6 * taught.tally.targets
+    assert 0 < taught.tally.mass < taught.tally.targets
+    assert taught.num_bytes > len(samples) * header.form.record_bytes
+
+    setting = setting_of(place.config, 0, 1, place.prepared.path)
+    teacher = open_knowledge(setting)
+    online = TableTeacherAlone()
+    for micro, ranks, rank in [(1, 1, 0), (2, 2, 1), (4, 2, 0)]:
+        options = {"batch": 8, "micro": micro, "rank": rank, "ranks": ranks, "objective": place.config.objective}
+        order = Order(9, samples.sizes, samples.weights)
+        stream = Stream(samples, order, seed=9, prefetch=0, annotate=teacher.annotate, **options)
+        for index in (0, 31, 5):
+            batch = stream.read(index)
+            mine = batch.samples.reshape(-1, ranks, micro)[:, rank]
+            for ids, arrays in zip(mine, batch.micro_batches, strict=True):
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                found = teacher.knowledge(tensors).targets
+                expected = sparse_targets(online(tensors["input_ids"]), header.form, ids, header.seed, 16)
+                assert torch.equal(found.ids, expected.ids)
+                torch.testing.assert_close(found.log_probabilities, expected.log_probabilities, rtol=0, atol=1e-6)
+
+
+class TableTeacherAlone:
+    """The same without a process group."""
+
+    def __init__(self) -> None:
+        self._teacher = TableTeacher(384, None, StopRequest(), False)
+
+    def __call__(self, ids: Tensor) -> DenseTargets:
+        table = self._teacher._table
+        return DenseTargets(table[ids] + 0.5 * table[ids.roll(1, dims=1)], self._teacher._head)
+
+
+def test_the_bytes_are_the_same_however_many_ranks_and_interruptions(
+    two_ranks: RankPool, four_ranks: RankPool, place: Place
+) -> None:
+    arguments: dict[str, Any] = {"prepared": place.prepared.path}
+    for targets in ("top", "sampled"):
+        whole, parts = place.root / f"whole-{targets}", place.root / f"parts-{targets}"
+        config = moved(place.config, whole, targets=targets)
+        four_ranks(teach, config=config, **arguments)
+        config = moved(place.config, parts, targets=targets)
+        counts = []
+        for pool, after in ((two_ranks, 30), (four_ranks, 40), (two_ranks, 20)):
+            results = pool(teach, config=config, stop_after=after, **arguments)
+            assert [taught for taught, _ in results] == [None] * pool.size
+            counts.append(len(list(parts.rglob("*.bin"))))
+        assert 0 < counts[0] < counts[1] <= counts[2]
+        with pytest.raises(DataError, match="is not complete: `trimtab teach`"):
+            open_knowledge(setting_of(config, 0, 1, place.prepared.path))
+        left = next(parts.rglob("*.bin"))
+        left.with_name(f"{left.name}.host-1").write_bytes(b"of a process that was killed")
+        results = two_ranks(teach, config=config, **arguments)
+        grid = results[0][0].header.grid
+        assert results[0][0].new_tokens < grid.samples * 16
+        left.with_name(f"{left.name}.host-1").unlink()
+        assert files_in(parts) == files_in(whole)
+        # and then there is nothing to do: no teacher is asked
+        results = two_ranks(teach, config=config, **arguments)
+        assert [(taught.new_tokens, asked) for taught, asked in results] == [(0, 0)] * 2
+
+
+def test_only_what_is_damaged_is_written_again(two_ranks: RankPool, place: Place) -> None:
+    config = moved(place.config, place.root / "damaged")
+    arguments: dict[str, Any] = {"config": config, "prepared": place.prepared.path}
+    (taught, _), _ = two_ranks(teach, **arguments)
+    before = files_in(place.root / "damaged")
+    path = sorted((place.root / "damaged").rglob("*.bin"))[3]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    stamps = {one: one.stat().st_mtime_ns for one in path.parent.iterdir()}
+    reader = open_knowledge(setting_of(config, 0, 1, place.prepared.path))
+    sample = taught.header.grid.within(3)[1]
+    with pytest.raises(DataError, match=rf"{path.name}, with sample {sample}: .*`trimtab teach`"):
+        reader.annotate(np.array([sample]), {})
+    results = two_ranks(teach, **arguments)
+    assert results[0][0].new_tokens == len(taught.header.grid.within(3)) * 16
+    assert files_in(place.root / "damaged") == before
+    assert {one for one in path.parent.iterdir() if one.stat().st_mtime_ns != stamps[one]} == {path}
+
+
+def test_predictions_that_are_not_finite_end_it(two_ranks: RankPool, place: Place) -> None:
+    folder = place.root / "broken"
+    config = moved(place.config, folder)
+    with pytest.raises(RankFailedError, match=r"the teacher's predictions of sample \d+ are not finite"):
+        two_ranks(teach, config=config, prepared=place.prepared.path, broken=True)
+    assert not list(folder.rglob("complete"))
