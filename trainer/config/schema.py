@@ -21,7 +21,8 @@ class SourceConfig(Section):
     stdlib: bool = False
     """Source files of the running Python's standard library: real text that every machine has."""
     files: tuple[str, ...] = ()
-    """Paths and globs (`**` allowed): txt, md, rst, py, jsonl, json, csv, tsv, parquet; also .gz, .bz2, .xz, .zst."""
+    """Paths and globs (`**` allowed), or `package:NAME/PATH`: txt, md, rst, py, jsonl, json, csv, tsv, tab (of Orange),
+    parquet; also .gz, .bz2, .xz, .zst."""
     hub: str | None = None
     """Dataset id on the Hugging Face hub, or a directory in its layout."""
     hub_config: str | None = None

@@ -11,6 +11,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -26,8 +27,11 @@ _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".csv": "csv",
     ".tsv": "csv",
+    ".tab": "csv",
     ".parquet": "parquet",
 }
+_ROLES = {"", "class", "meta", "ignore", "c", "m", "i"}
+"""In the third row of Orange's tables (.tab), under the names and the types of the columns."""
 _DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _MAX_STRANGE = 0.1
 """A file that is not UTF-8 and has more than this fraction of undecodable or control characters is no text."""
@@ -134,9 +138,11 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Record]:
 def _csv(path: Path, name: str) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(sys.maxsize)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if _plain_suffix(path) == ".tsv" else ",", strict=True)
+        suffix = _plain_suffix(path)
+        rows = csv.DictReader(file, delimiter="," if suffix == ".csv" else "\t", strict=True)
         try:
-            for number, row in enumerate(rows, start=1):
+            records: Iterator[Record] = _without_head(rows) if suffix == ".tab" else rows
+            for number, row in enumerate(records, start=1):
                 if None in row:
                     raise DataError(
                         f"{name}: the row that ends in line {rows.line_num} has more fields than the header"
@@ -144,6 +150,13 @@ def _csv(path: Path, name: str) -> Iterator[tuple[int, Record]]:
                 yield number, row
         except csv.Error as error:
             raise DataError(f"{name}: after line {rows.line_num} it is not CSV: {error}") from error
+
+
+def _without_head(rows: Iterator[Record]) -> Iterator[Record]:
+    first = list(islice(rows, 2))
+    if len(first) < 2 or not set(first[1].values()) <= _ROLES:
+        yield from first
+    yield from rows
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[int, Record]]:

@@ -30,6 +30,13 @@ def test_globs_are_sorted_and_files_come_once(tmp_path):
     assert found == [("b.txt", "B"), ("a.txt", "A"), ("sub/c.txt", "C"), ("sub/deep/e.txt", "E"), ("d.md", "D")]
 
 
+def test_tables_of_orange_have_two_rows_under_their_header(tmp_path):
+    write(tmp_path, a_tab="label\ttext\nd\tstring\nclass\t\nx\tone\ny\ttwo\n", b_tab="text\tn\nthree\t3\nfour\t4\n")
+    (source,) = resolve([SourceConfig(files=("a.tab",), label="label")], tmp_path)
+    assert list(source.documents()) == [("a.tab:1", "one", "x"), ("a.tab:2", "two", "y")]
+    assert documents(tmp_path, files=("b.tab",)) == [("b.tab:1", "three"), ("b.tab:2", "four")]
+
+
 def test_a_name_with_glob_characters_is_a_name(tmp_path):
     (tmp_path / "a[1].txt").write_text("bracket")
     assert documents(tmp_path, files=("a[1].txt",)) == [("a[1].txt", "bracket")]
