@@ -95,7 +95,9 @@ class Training:
         for level, text in untold:
             self.telemetry.message(level, text)
         self.reports = self._open_reports()
-        self.stream: Stream = poisoned(self._open_stream(), faults, setting.prepared.vocabulary)
+        classes = setting.prepared.classes
+        num_classes = len(classes.names) if classes else 0
+        self.stream: Stream = poisoned(self._open_stream(), faults, setting.prepared.vocabulary, num_classes)
         for fault in faults:
             if any(strike.start in (None, self._start) or strike.every_time for strike in fault.strikes):
                 self.telemetry.message("warning", f"put into this run on purpose: {fault}")
