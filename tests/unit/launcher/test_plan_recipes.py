@@ -22,16 +22,19 @@ RECIPES = {
     "finetune-topics": (22, 23, LAPTOP, 2, 1, "cpu"),
     "pretrain-125m": (120, 130, NODE, 16, 2, "cuda"),
     "pretrain-1b": (1000, 1300, NODE, 16, 3, "cuda"),
+    "distill-bert": (66, 68, NODE, 8, 1, "cuda"),
 }
 
 
 @pytest.fixture
-def pretrained(tmp_path):
-    """A directory as `save_pretrained` leaves it, for the recipe that goes on from one."""
-    from transformers import GPT2Config
+def overrides(tmp_path):
+    """By recipe: a directory as `save_pretrained` leaves it in the place of each model of the hub."""
+    from transformers import BertConfig, GPT2Config
 
-    GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
-    return tmp_path
+    GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path / "gpt2")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    bert = [f"{option}={tmp_path / 'bert'}" for option in ("model.pretrained", "distill.teacher.pretrained")]
+    return {"continue-pretrained": [f"model.pretrained={tmp_path / 'gpt2'}"], "distill-bert": bert}
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +60,14 @@ def test_every_recipe_is_tested():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_loads_and_plans(name, pretrained):
+def test_a_recipe_loads_and_plans(name, overrides):
     from trainer.model.describe import describe
 
-    overrides = [f"model.pretrained={pretrained}"] if name == "continue-pretrained" else []
-    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    config = load_config(CONFIGS / f"{name}.yaml", overrides.get(name, []))
     at_least, at_most, machine, ranks, stage, device = RECIPES[name]
     assert check_config(config) == []
     assert config.name == name
-    facts = describe(config, 512 if overrides else None)
+    facts = describe(config, 512 if name in overrides else None)
     plan = make_plan(config, facts, machine)
     assert at_least * 1e6 <= facts.num_parameters <= at_most * 1e6
     assert (plan.ranks, plan.stage, plan.device) == (ranks, stage, device)
