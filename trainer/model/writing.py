@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ def write_ends(
         [n, L] int64.
     """
     was_training, length = model.training, ids.shape[1]
-    model.eval()
+    model.train(False)
     written = ids.clone()
     cache = DynamicCache(config=model.config)
     first = length - tokens
     fed, place = written[:, :first], None if positions is None else positions[:, :first]
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
     for column in range(first, length):
-        extra = {} if place is None else {"position_ids": place}
+        extra: dict[str, Any] = {} if place is None else {"position_ids": place}
         if last_only:
             extra["logits_to_keep"] = 1
         outputs = call(

@@ -25,6 +25,8 @@ from trainer.knowledge import (
 )
 from trainer.model.capture import Capture, num_layers
 from trainer.model.head import InterceptedHead, find_head
+from trainer.model.inner import LayerPairs, Wanted, hidden_pairs, teacher_shape, wanted_of_student
+from trainer.model.projections import projector
 from trainer.model.writing import write_ends
 from trainer.objectives.fused import Distilled, fused_distillation, measures_of
 from trainer.objectives.hidden import hidden_sum, token_weights
@@ -59,6 +61,9 @@ class Distillation:
         self._sharded = config.zero.stage == 3
         self._vocabulary, self._end = vocabulary, end
         self._hidden, self._relations = config.distill.hidden, config.distill.relations
+        self._config = config
+        self._wanted = Wanted((), None)
+        self._pairs: LayerPairs = ()
         self._module: PreTrainedModel | None = None
         self._head: InterceptedHead | None = None
         self.minimised = tuple(name for name, weight in self._weights().items() if weight)
@@ -84,11 +89,13 @@ class Distillation:
         assert isinstance(module, PreTrainedModel)
         self._module = module
         if not self._classifies:
-            module.eval()
+            module.train(False)
             self._head = find_head(module, engine.deepspeed)
             module.train()
-        wanted = wanted_of_student(self._options, num_layers(module) if self._hidden or self._relations else 0)
-        self._layers, self._attention = wanted.layers, wanted.attention
+        if self._looks_inside:
+            student, teacher = num_layers(module), teacher_shape(self._config).layers
+            self._wanted = wanted_of_student(self._options, student)
+            self._pairs = hidden_pairs(self._options, student, teacher)
 
     def alone(self, name: str) -> Distillation:
         result = copy.copy(self)
@@ -133,7 +140,8 @@ class Distillation:
                 )
             )
 
-        with Capture(self._module, self._layers, self._attention) if self._looks_inside else nullcontext() as seen:
+        watching = Capture(self._module, self._wanted.layers, self._wanted.attention) if self._looks_inside else None
+        with watching or nullcontext() as seen:
             if self._head is not None:
                 total = self._head.run(model, inputs, compute)
             else:
@@ -155,9 +163,8 @@ class Distillation:
         weights = token_weights(tensors["labels"], mask, length=tensors["input_ids"].shape[1])
         parts = {}
         if self._hidden is not None:
-            pairs = self._pairs
             project = projector(self._module)
-            value = hidden_sum(seen.states, knowledge.states, pairs, self._hidden.kind, weights, project)
+            value = hidden_sum(seen.states, knowledge.states, self._pairs, self._hidden.kind, weights, project)
             parts["hidden"] = self._hidden.weight * value
         if self._relations is not None:
             assert seen.attention is not None
@@ -192,7 +199,8 @@ class Distillation:
 
     def sample_losses(self, model: Model, tensors: Mapping[str, Tensor]) -> Tensor:
         losses = self._losses(model, tensors, _see_nothing)
-        return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+        result: Tensor = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+        return result
 
     def _losses(self, model: Model, tensors: Mapping[str, Tensor], see: See) -> Tensor:
         """The cross-entropy with each label, without a teacher and without a gradient."""

@@ -49,6 +49,8 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     # both splits must be readable at this length before any rank starts
     for split in ("train", "held_out"):
         prepared.samples(split, config.data.sequence_length, config.data.boundaries)
+    if config.distill is not None:
+        _check_teacher(config, prepared)
     described = _description(config, prepared.vocabulary, prepared.classes)
     facts = _facts_before(files, described)
     if facts is None:
@@ -73,6 +75,28 @@ def _data(config: RunConfig) -> DataConfig:
         return config.data
     sources = tuple(source.model_copy(update={"label": None, "classes": ()}) for source in config.data.sources)
     return config.data.model_copy(update={"sources": sources})
+
+
+def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
+    """Refuse a teacher that means something else by a token, or does not answer."""
+    assert config.distill is not None
+    if config.distill.teacher.place == "server" and config.distill.teacher.server is not None:
+        from trainer.teacher.server import ServerTeacher
+
+        teacher = ServerTeacher(
+            config.distill.teacher.server,
+            tokenizer=prepared.tokenizer_path,
+            vocabulary=prepared.vocabulary,
+            boundaries=config.data.boundaries,
+        )
+        try:
+            teacher.check(config.data.sequence_length)
+        finally:
+            teacher.close()
+    elif config.distill.teacher.place != "cache":
+        from trainer.teacher.vocabulary import check_tokenizer
+
+        check_tokenizer(config.distill, prepared.tokenizer_path)
 
 
 def _description(config: RunConfig, vocabulary: int, classes: Classes | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.prepared import Split
 from trainer.data.samples import IGNORED
 from trainer.data.stream import Reader
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.knowledge import Targets, Teacher
 from trainer.records import IntArray
 from trainer.stages.build import Setting
@@ -26,6 +27,10 @@ from trainer.teacher.blocks import Tally
 from trainer.teacher.cache import CacheWriter
 from trainer.teacher.header import Header, find
 from trainer.teacher.sparse import Entries, entries_of, vocabulary_of
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 3
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, samples done and all samples."""
@@ -201,13 +206,33 @@ class Teaching:
     def _write_block(self, writer: CacheWriter, block: int | None, beside: list[int], done: int) -> Tally | None:
         """Predict and write a block; what it says of itself.
 
-        Its micro-batches begin with its first sample, so that its bytes depend on nothing but `batch.micro`.
-
         Args:
             block: None: this rank has none; it goes along where the teacher's forward pass is a collective.
             beside: all that are being written now; the first is the longest.
             done: samples of all blocks before them.
+
+        Raises:
+            DataError: the teacher's weights do not stay what was loaded.
         """
+        for _ in range(_TRIES):
+            records, tally = self._predict_block(writer, block, beside, done)
+            # before anything is written that harmed weights have predicted
+            found = self._ask_for_teacher().mend()
+            if found is None:
+                break
+            logger.warning("%s; blocks %s are predicted again", found, ", ".join(map(str, beside)))
+        else:
+            raise DataError(f"{found}, {_TRIES} times in a row: look at the memory of this machine")
+        if block is None:
+            return None
+        writer.write(block, records, tally)
+        return tally
+
+    def _predict_block(
+        self, writer: CacheWriter, block: int | None, beside: list[int], done: int
+    ) -> tuple[list[bytes], Tally]:
+        """Records of a block. Its micro-batches begin with its first sample, so that its bytes depend on nothing but
+        `batch.micro`. Arguments as above."""
         header, micro = writer.header, self._setting.config.batch.micro
         records: list[bytes] = []
         tally = Tally()
@@ -215,7 +240,7 @@ class Teaching:
         ids = longest[:0] if block is None else np.array(header.grid.within(block))
         for first in range(0, len(longest), micro):
             self._stop_if_asked()
-            self._progress("predicting", done + first * len(beside), header.samples)
+            self._progress("predicting", min(header.samples, done + first * len(beside)), header.samples)
             part = ids[first : first + micro]
             if part.size or self._together:
                 shown = part if part.size else longest[:1]
@@ -226,10 +251,7 @@ class Teaching:
                 records += writer.records(tokens, entries.values.numpy())
                 tally += tally_of(arrays, entries)
             self._setting.heartbeat.beat("computing", beside[0])
-        if block is None:
-            return None
-        writer.write(block, records, tally)
-        return tally
+        return records, tally
 
     def _stop_if_asked(self) -> None:
         vote = torch.tensor(int(self._setting.stop.requested), device=self._device)

@@ -16,10 +16,11 @@ from trainer.objectives.fused import fused_distillation
 from trainer.objectives.logits import logit_distillation
 from trainer.records import Evaluation
 from trainer.stages.build import Setting
+from trainer.stages.caching import open_knowledge
 from trainer.stages.distill import CROSS_ENTROPY, Right
 from trainer.stages.prepare import write_whole
 from trainer.teacher.build import build_teacher
-from trainer.teacher.cache import open_cache
+from trainer.teacher.model import TeacherModel
 from trainer.teacher.server import ServerTeacher
 
 
@@ -30,16 +31,26 @@ def open_teacher(setting: Setting) -> Teacher:
         ConfigError: it does not fit the run.
         DataError: its cache is not there, or another's.
     """
-    config = setting.config
+    config, prepared = setting.config, setting.prepared
     assert config.distill is not None
     match config.distill.teacher.place:
         case "cache":
-            return open_cache(setting)
+            return open_knowledge(setting)
         case "server":
-            return ServerTeacher(config)
+            assert config.distill.teacher.server is not None
+            return ServerTeacher(
+                config.distill.teacher.server,
+                tokenizer=prepared.tokenizer_path,
+                vocabulary=prepared.vocabulary,
+                boundaries=config.data.boundaries,
+            )
         case "replica" | "zero3":
             return build_teacher(
-                config, ranks=setting.ranks, device=setting.device, vocabulary=setting.prepared.vocabulary
+                config,
+                ranks=setting.ranks,
+                device=setting.device,
+                vocabulary=prepared.vocabulary,
+                classes=prepared.classes,
             )
 
 
@@ -70,13 +81,12 @@ class TeacherCare:
 def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
     """Measure the teacher on the held-out data, once in a run, and note it in the run directory. A collective.
 
-    Of a teacher that only answers for what it was asked before (cache, server) nothing is noted.
+    Of a teacher that answers for the training data only (cache, server) nothing is noted.
     """
     config, ranks = setting.config, setting.ranks
     box = [setting.files.teacher_scores.exists()]
     dist.broadcast_object_list(box, src=0)
-    place = config.distill.teacher.place if config.distill else None
-    if box[0] or place not in ("replica", "zero3") or config.data.held_out == 0:
+    if box[0] or not isinstance(teacher, TeacherModel):
         return
     data = config.data
     batches = evaluation_batches(

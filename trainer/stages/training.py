@@ -280,7 +280,8 @@ class Training:
             return None, None
         # only here: seconds of imports that other runs need not wait for
         from trainer.stages.distill import Distillation
-        from trainer.stages.teachers import TeacherModel, note_scores, open_teacher
+        from trainer.stages.teachers import note_scores, open_teacher
+        from trainer.teacher.model import TeacherModel
 
         teacher = open_teacher(setting)
         if self.injector.active and isinstance(teacher, TeacherModel):
