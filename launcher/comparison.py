@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.run_directory import read_outcome, write_atomically
 from launcher.start import Request, completed_before
 from trainer.config.check import check_config
+from trainer.config.check_distill import PLAIN_SUFFIX
 from trainer.config.facts import facts_from_json
 from trainer.config.files import RunFiles
 from trainer.errors import RunDirectoryError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from trainer.config.schema import RunConfig
 
-SUFFIX = "-plain"
+SUFFIX = PLAIN_SUFFIX
 """Of the name of the run without a teacher."""
 ON_SLURM = (
     "distill.compare is left out of a job: submit the same config with `stage={stage} distill= name={name}` too; when "

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
-from trainer.config.resolve import Device, Precision, arithmetic
+from trainer.config import check_distill
+from trainer.config.layers import parse_layers
+from trainer.config.resolve import Device, Precision, arithmetic, tokenizer_reference
 from trainer.config.schema import RunConfig, SourceConfig
 from trainer.config.section import Section
 from trainer.errors import ConfigError
@@ -31,6 +33,7 @@ def check_config(config: RunConfig, source: str = "the config") -> list[str]:
         *_tokenizer(config),
         *_model(config),
         *_run(config),
+        *check_distill.problems(config),
         *_support(config),
     ]
     try:
@@ -59,6 +62,9 @@ def unsupported(config: RunConfig, device: Device, precision: Precision) -> list
         problems.append(
             ("model.attention", f"{config.model.attention} computes in bf16 or fp16, but precision is fp32")
         )
+    teacher = config.distill.teacher if config.distill else None
+    if teacher is not None and teacher.attention.startswith("flash_attention") and device == "cpu":
+        problems.append(("distill.teacher.attention", f"{teacher.attention} needs a GPU; use sdpa or eager on CPU"))
     return problems
 
 
@@ -111,7 +117,7 @@ def _tokenizer(config: RunConfig) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
     if tokenizer.path is not None and tokenizer.train is not None:
         yield "data.tokenizer", "has `path` and `train`; give one of them"
-    if tokenizer.path is None and tokenizer.train is None and config.model.pretrained is None:
+    if tokenizer.train is None and tokenizer_reference(config) is None:
         yield "data.tokenizer", "give `path` or `train`: a model from scratch brings no tokenizer"
 
 
@@ -120,6 +126,13 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if (model.config is None) == (model.pretrained is None):
         found = "neither" if model.config is None else "both"
         yield "model", f"must have exactly one of `config` and `pretrained`, but has {found}"
+    if model.layers is not None:
+        if model.pretrained is None:
+            yield "model.layers", "takes layers of a pretrained model; give `model.pretrained`, or leave it out"
+        try:
+            parse_layers(model.layers)
+        except ValueError as error:
+            yield "model.layers", str(error)
     if model.config is None:
         return
     if not isinstance(model.config.get("model_type"), str):
@@ -229,10 +242,12 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         ("evaluation.max_samples", not evaluated, not_held_out),
         ("optim.decay_embeddings", config.optim.weight_decay == 0, "optim.weight_decay is 0"),
         *_stability_without_effect(config),
+        *check_distill.without_effect(config),
     ]
     for path, idle, reason in rules:
         if idle and _is_set(config, path):
             yield path, f"has no effect: {reason}"
+    yield from check_distill.warnings(config)
     if config.data.accept_changed:
         yield "data.accept_changed", "changed data will be accepted; the run can no longer be repeated exactly"
     if config.optim.clipping == "adagc" and config.optim.clip == 0:

@@ -28,6 +28,16 @@ def choose_precision(config: RunConfig, device: Device, has_bf16: bool) -> Preci
     return "bf16" if device == "cuda" and has_bf16 else "fp32"
 
 
+def tokenizer_reference(config: RunConfig) -> str | None:
+    """The tokenizer that exists already: that of `data.tokenizer.path`, else of the pretrained model, else of the
+    teacher; None: there is none, or one is trained."""
+    tokenizer = config.data.tokenizer
+    if tokenizer.train is not None:
+        return None
+    teacher = config.distill.teacher.pretrained if config.distill else None
+    return tokenizer.path or config.model.pretrained or teacher
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """global batch = micro-batch × accumulation × ranks."""
