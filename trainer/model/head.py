@@ -77,6 +77,42 @@ class InterceptedHead:
         return result + outputs.logits.sum() * 0 if result.requires_grad else result
 
 
+class StandIn(nn.Module):
+    """Takes the place of a head in a frozen model, and keeps what went into it. ZeRO-3 then never gathers the head."""
+
+    def __init__(self, head: InterceptedHead):
+        super().__init__()
+        # not as a submodule: its parameters are none of the model any more
+        self.__dict__["_head"] = head.module
+        self.training = head.module.training
+        self._seen: list[Tensor] = []
+
+    @classmethod
+    def put_into(cls, model: nn.Module, head: InterceptedHead) -> StandIn:
+        """Exchange the head of `model` for good."""
+        stand_in = cls(head)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if child is head.module:
+                    setattr(parent, name, stand_in)
+        return stand_in
+
+    @property
+    def weight(self) -> Any:
+        """Some models look at its type before they call their head."""
+        return self.__dict__["_head"].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self._seen.append(hidden)
+        return hidden.new_zeros((1,)).expand(*hidden.shape[:-1], 1)
+
+    def take(self) -> Tensor:
+        """What went into the head in the last forward pass, [B, T, H]."""
+        (hidden,) = self._seen
+        self._seen.clear()
+        return hidden
+
+
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """Whole logits [B, T, V] in the type of `hidden`: for small things."""
     return finish(F.linear(hidden, head.weight, head.bias), head.scale, head.softcap)
