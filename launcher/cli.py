@@ -120,7 +120,8 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None, ranks: Ran
 
     request = start.read_request(config, overrides or (), ranks)
     _warn(request)
-    the_plan = start.plan_of(request.config, start.describe_model(request.config))
+    facts, teacher = start.describe_model(request.config), start.describe_teacher(request.config)
+    the_plan = start.plan_of(request.config, facts, teacher=teacher)
     console = _console()
     console.print(render_plan(the_plan))
     for name, text in start.generated_files(request.config, the_plan).items():

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.teacher_memory import TeacherModel, chunk_of, largest_parameter, layer_bytes, teacher_memory
 from trainer.config.memory import snapshot_bytes
 from trainer.config.resolve import Device, Precision, arithmetic
 from trainer.config.schema import RunConfig
@@ -41,6 +42,8 @@ class RankMemory:
     """Master weights and Adam's two moments."""
     activations: int
     """What the backward pass needs, logits and loss included: an estimate."""
+    teacher: int
+    """Of a distillation: the teacher's weights and what asking it takes; 0 where it is not loaded here."""
     communication: int
     """Buckets of reduction and gathering."""
     update: int
@@ -62,20 +65,37 @@ class RankMemory:
     that the parts add up."""
 
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "communication", "update", "snapshots", "process")
+PARTS = (
+    *("weights", "gradients", "optimizer", "activations", "teacher"),
+    *("communication", "update", "snapshots", "process"),
+)
 
 
 def memory_by_stage(
-    facts: ModelFacts, config: RunConfig, ranks: int, device: Device, precision: Precision
+    facts: ModelFacts,
+    config: RunConfig,
+    ranks: int,
+    device: Device,
+    precision: Precision,
+    teacher: TeacherModel | None = None,
 ) -> tuple[RankMemory, ...]:
     """:func:`rank_memory` for stages 0 to 3, all else as in the config."""
-    return tuple(rank_memory(facts, config, ranks, device, precision, stage) for stage in STAGES)
+    return tuple(rank_memory(facts, config, ranks, device, precision, stage, teacher) for stage in STAGES)
 
 
 def rank_memory(
-    facts: ModelFacts, config: RunConfig, ranks: int, device: Device, precision: Precision, stage: Stage
+    facts: ModelFacts,
+    config: RunConfig,
+    ranks: int,
+    device: Device,
+    precision: Precision,
+    stage: Stage,
+    teacher: TeacherModel | None = None,
 ) -> RankMemory:
     """Memory of the fullest rank.
+
+    Args:
+        teacher: of a distillation, where the ranks load it.
 
     Raises:
         ConfigError: the batch does not divide.
@@ -83,7 +103,7 @@ def rank_memory(
     element = 4 if precision == "fp32" else 2
     parameters = facts.num_parameters
     partition = math.ceil(parameters / ranks) if stage else parameters
-    largest = max((parameter.num_elements for parameter in facts.parameters), default=0)
+    largest = largest_parameter(facts)
     accumulates = arithmetic(config, ranks).accumulation > 1
     on_gpu = device == "cuda"
     overlaps = on_gpu and config.zero.overlap
@@ -137,15 +157,19 @@ def rank_memory(
     activations = activation_bytes(facts, config, element)
     process = PROCESS_BYTES[device]
     snapshots = snapshot_bytes(config, partition)
-    always = process + kept + optimizer + (0 if on_gpu else snapshots) + (element * bucket if stage == 3 else 0)
+    taught_by = teacher_memory(config, teacher, ranks)
+    always = process + taught_by.resident + kept + optimizer
+    always += (0 if on_gpu else snapshots) + (element * bucket if stage == 3 else 0)
     moments: dict[Moment, int] = {
-        "backward": always + element * (gathered + carried) + activations,
+        "backward": always + element * (gathered + carried) + activations + taught_by.passing,
         "reduction": always + element * (gathered + gradients + bucket * (buckets - (stage == 3))),
         "update": always + element * partition + update,
     }
     moment = max(moments, key=lambda name: moments[name])
     communication = element * bucket * (buckets + (stage == 3))
-    parts = [kept + element * gathered, element * gradients, optimizer, activations, communication, snapshots, process]
+    asked = taught_by.resident + taught_by.passing
+    parts = [kept + element * gathered, element * gradients, optimizer, activations, asked, communication, snapshots]
+    parts.append(process)
     needed = moments[moment] if on_gpu else max(sum(parts), moments[moment])
     return RankMemory(
         stage=stage,
@@ -153,6 +177,7 @@ def rank_memory(
         gradients=element * gradients,
         optimizer=optimizer,
         activations=activations,
+        teacher=asked,
         communication=communication,
         update=update,
         snapshots=snapshots,
@@ -173,18 +198,21 @@ def activation_bytes(facts: ModelFacts, config: RunConfig, element: int) -> int:
     both halves of the gate, the activation and their product (4·f; without a gate 2·f). Eager attention adds its scores
     and probabilities (length · heads, in fp32 and twice in the model's type). The loss holds, a token and vocabulary
     entry: the logits, an fp32 copy where they are not fp32, the log-probabilities and two gradients (with z-loss: the
-    logits and two fp32 buffers). With activation checkpointing every layer keeps its input, and one layer at a time all
-    of it.
+    logits and two fp32 buffers). A distillation holds one chunk of logits instead, the gradient of the hidden states
+    and that of the head, in fp32 and as the model has it; a classifier's logits are few. With activation checkpointing
+    every layer keeps its input, and one layer at a time all of it.
     """
-    hidden, inner = facts.hidden_size, facts.intermediate_size
+    hidden, kind = facts.hidden_size, config.objective.kind
     tokens = config.batch.micro * config.data.sequence_length
-    is_gated = any("gate" in parameter.name for parameter in facts.parameters)
-    keys = next((p.shape[0] for p in facts.parameters if p.name.endswith("k_proj.weight")), hidden)
-    per_layer = element * (8 * hidden + 2 * keys + (4 if is_gated else 2) * inner)
-    if config.model.attention == "eager":
-        per_layer += (4 + 2 * element) * facts.num_attention_heads * config.data.sequence_length
+    per_layer = layer_bytes(facts, element, config.model.attention, config.data.sequence_length)
     layers = facts.num_layers * per_layer
     if config.model.activation_checkpointing:
         layers = facts.num_layers * element * hidden + per_layer
+    body = tokens * (layers + 3 * element * hidden)
+    if kind == "classification":
+        return body
+    if config.distill is not None:
+        head = facts.vocabulary * hidden * (4 + (0 if element == 4 else element))
+        return body + element * (tokens * hidden + chunk_of(config) * facts.vocabulary) + head
     per_entry = element + (8 if config.objective.z_loss else (0 if element == 4 else 4) + 3 * 4)
-    return tokens * (layers + 3 * element * hidden + per_entry * facts.vocabulary)
+    return body + tokens * per_entry * facts.vocabulary

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.memory import PARTS, RankMemory, memory_by_stage
+from launcher.teacher_memory import TeacherModel
 from trainer.config.check import unsupported
 from trainer.config.resolve import Arithmetic, Device, Precision, arithmetic, choose_device, choose_precision
 from trainer.config.schema import RunConfig
@@ -41,6 +42,8 @@ class Plan:
     """Passes over the prepared data; None while the number of samples is not known."""
     model_type: str | None
     num_parameters: int | None
+    teacher: str | None
+    """Of a distillation, in words."""
     stage: int
     memory: tuple[RankMemory, ...]
     """ZeRO 0 to 3; empty while the model is not known."""
@@ -53,13 +56,18 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, facts: ModelFacts | None, resources: Resources, num_samples: int | None = None
+    config: RunConfig,
+    facts: ModelFacts | None,
+    resources: Resources,
+    num_samples: int | None = None,
+    teacher: ModelFacts | None = None,
 ) -> Plan:
     """The plan of a checked `config`, where every node has the resources of this one.
 
     Args:
         facts: of the model; None leaves the memory out.
         num_samples: samples of one epoch, where the data is prepared.
+        teacher: of a distillation, where the ranks load it.
 
     Raises:
         ConfigError: the batch does not divide, the model's positions are too few, or the device cannot do it.
@@ -76,7 +84,8 @@ def make_plan(
     if problems:
         raise ConfigError(problems)
     numbers = arithmetic(config, ranks)
-    memory = () if facts is None else memory_by_stage(facts, config, ranks, device, precision)
+    taught_by = None if teacher is None else TeacherModel(teacher, _precision_of_teacher(config, device, resources))
+    memory = () if facts is None else memory_by_stage(facts, config, ranks, device, precision, taught_by)
     rank_bytes = _rank_bytes(config, device, resources)
     is_here = device == "cpu" or len(resources.gpus) >= cluster.ranks_per_node
     host_bytes = resources.memory_bytes // cluster.ranks_per_node if is_here else None
@@ -96,6 +105,7 @@ def make_plan(
         epochs=None if not num_samples else numbers.steps * numbers.samples / num_samples,
         model_type=None if facts is None else facts.model_type,
         num_parameters=None if facts is None else facts.num_parameters,
+        teacher=_teacher_in_words(config, taught_by),
         stage=config.zero.stage,
         memory=memory,
         rank_bytes=rank_bytes,
@@ -107,6 +117,30 @@ def make_plan(
             *_snapshots_do_not_fit(chosen, host_bytes),
         ),
     )
+
+
+def _precision_of_teacher(config: RunConfig, device: Device, resources: Resources) -> Precision:
+    assert config.distill is not None
+    own = config.model_copy(update={"precision": config.distill.teacher.precision})
+    return choose_precision(own, device, all(gpu.has_bf16 for gpu in resources.gpus))
+
+
+def _teacher_in_words(config: RunConfig, teacher: TeacherModel | None) -> str | None:
+    if config.distill is None:
+        return None
+    options = config.distill.teacher
+    match options.place:
+        case "cache":
+            return "its knowledge is read from a cache"
+        case "server":
+            return f"{options.server.model} at {options.server.url}" if options.server else "on a server"
+        case "replica":
+            where = "whole on every rank"
+        case "zero3":
+            where = f"sharded over the ranks{' of each node' if options.within_node else ''}"
+    if teacher is None:
+        return where
+    return f"{teacher.facts.model_type}, {teacher.facts.num_parameters:,} parameters, {teacher.precision}, {where}"
 
 
 def _rank_bytes(config: RunConfig, device: Device, resources: Resources) -> int | None:
@@ -203,8 +237,11 @@ def render_plan(plan: Plan) -> RenderableType:
         per_parameter = plan.tokens / plan.num_parameters
         text = f"{plan.model_type}, {plan.num_parameters:,} parameters, {per_parameter:,.1f} tokens for each"
         rows.insert(1, ("model", text))
+    if plan.teacher is not None:
+        rows.insert(1 + (plan.num_parameters is not None), ("teacher", plan.teacher))
     if plan.device == "cpu":
-        rows.insert(3, ("threads", f"{plan.threads_per_rank} a rank"))
+        place = [name for name, _ in rows].index("ranks")
+        rows.insert(place + 1, ("threads", f"{plan.threads_per_rank} a rank"))
     facts = Table.grid(padding=(0, 2))
     for name, text in rows:
         facts.add_row(Text(name, style="bold"), Text(text))
@@ -228,6 +265,8 @@ def _memory_table(plan: Plan) -> Table:
         header = Text(f"{'▸ ' if is_chosen else ''}ZeRO {memory.stage}")
         table.add_column(header, justify="right", no_wrap=True, style="bold" if is_chosen else "")
     for part in PARTS:
+        if part == "teacher" and plan.teacher is None:
+            continue
         table.add_row(part, *(as_bytes(getattr(memory, part)) for memory in plan.memory))
     if any(memory.offloaded for memory in plan.memory):
         table.add_row("offloaded to the host", *(as_bytes(memory.offloaded) for memory in plan.memory))

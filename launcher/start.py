@@ -28,7 +28,7 @@ from launcher.run_directory import (
 from trainer.config.check import check_config
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
-from trainer.config.resolve import deepspeed_config
+from trainer.config.resolve import deepspeed_config, loads_teacher
 from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError
 from trainer.faults.parse import parse_faults
 
@@ -128,8 +128,8 @@ def completed_before(root: Path) -> dict[str, Any] | None:
     return outcome if outcome and outcome["reason"] == "completed" else None
 
 
-def describe_model(config: RunConfig) -> ModelFacts:
-    """The facts of the config's model, from a process of their own: they need transformers.
+def describe_model(config: RunConfig, *, teacher: bool = False) -> ModelFacts:
+    """The facts of the config's model, or of its teacher, from a process of their own: they need transformers.
 
     Raises:
         LaunchError: the model cannot be described; the text is what that process said.
@@ -141,15 +141,25 @@ def describe_model(config: RunConfig) -> ModelFacts:
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
-        argv = [sys.executable, "-m", "trainer.model.describe", str(path)]
+        argv = [sys.executable, "-m", "trainer.model.describe", *(["--teacher"] if teacher else []), str(path)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603 (a list, no shell)
     if done.returncode:
         raise LaunchError(done.stderr.strip() or f"the model cannot be described (exit code {done.returncode})")
     return facts_from_json(done.stdout)
 
 
-def plan_of(config: RunConfig, facts: ModelFacts | None, num_samples: int | None = None) -> Plan:
-    """The plan of `config` on this machine.
+def describe_teacher(config: RunConfig) -> ModelFacts | None:
+    """The facts of the teacher that the ranks load; None: they load none.
+
+    Raises as :func:`describe_model` does.
+    """
+    return describe_model(config, teacher=True) if loads_teacher(config) else None
+
+
+def plan_of(
+    config: RunConfig, facts: ModelFacts | None, num_samples: int | None = None, teacher: ModelFacts | None = None
+) -> Plan:
+    """The plan of `config` on this machine. Arguments as of `make_plan`.
 
     Raises:
         ConfigError: this device cannot do what the config asks.
@@ -157,7 +167,7 @@ def plan_of(config: RunConfig, facts: ModelFacts | None, num_samples: int | None
     from launcher.plan import make_plan
     from launcher.resources import detect_resources
 
-    return make_plan(config, facts, detect_resources(), num_samples)
+    return make_plan(config, facts, detect_resources(), num_samples, teacher)
 
 
 def layout_of(config: RunConfig, plan: Plan) -> accelerate.Layout:
@@ -232,7 +242,10 @@ def make_ready(
     if not (again and files.data.is_file() and files.model.is_file()):
         prepare(request.root, lock, say, requests, contained)
     facts = facts_from_json(files.model.read_text(encoding="utf-8"))
-    plan = plan_of(request.config, facts, num_samples(files, request.config))
+    teacher = None
+    if loads_teacher(request.config) and files.teacher.is_file():
+        teacher = facts_from_json(files.teacher.read_text(encoding="utf-8"))
+    plan = plan_of(request.config, facts, num_samples(files, request.config), teacher)
     for note in plan.notes:
         say(f"note: {note}")
     for name, text in generated_files(request.config, plan).items():
@@ -244,13 +257,16 @@ def num_samples(files: RunFiles, config: RunConfig) -> int | None:
     """About how many samples one epoch of the prepared data has; None where its report does not say."""
     try:
         sources = json.loads(files.data.read_text(encoding="utf-8"))["report"]["sources"]
-        tokens: list[float] = [
-            source.weight * int(report["train"]["tokens"])
+        # a classified text is a sample, whatever its length
+        classified = config.objective.kind == "classification"
+        what, length = ("documents", 1) if classified else ("tokens", config.data.sequence_length)
+        numbers: list[float] = [
+            source.weight * int(report["train"][what])
             for source, report in zip(config.data.sources, sources, strict=True)
         ]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return round(sum(tokens)) // config.data.sequence_length
+    return round(sum(numbers)) // length
 
 
 def train(

@@ -38,6 +38,11 @@ def tokenizer_reference(config: RunConfig) -> str | None:
     return tokenizer.path or config.model.pretrained or teacher
 
 
+def loads_teacher(config: RunConfig) -> bool:
+    """Whether the ranks hold a teacher: not where it is asked over HTTP, or was asked before."""
+    return config.distill is not None and config.distill.teacher.place in ("replica", "zero3")
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """global batch = micro-batch × accumulation × ranks."""

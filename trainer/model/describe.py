@@ -1,4 +1,5 @@
-"""What a model is, without having it: `python -m trainer.model.describe CONFIG_OR_RUN [a.b=c …]` prints it as JSON.
+"""What a model is, without having it: `python -m trainer.model.describe CONFIG_OR_RUN [a.b=c …]` prints it as JSON;
+after `--teacher` that of its teacher.
 
 The launcher runs this in a process of its own, since it never imports torch itself.
 """
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from trainer.config.facts import facts_to_json
 from trainer.config.load import load_config, read_run_config
-from trainer.config.schema import RunConfig
+from trainer.config.resolve import loads_teacher, tokenizer_reference
+from trainer.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from trainer.errors import ConfigError, ExitCode, TrimtabError
 from trainer.model.build import meta_model
 from trainer.model.configuration import first_line, max_positions
@@ -53,6 +55,33 @@ def describe(config: RunConfig, vocabulary: int | None = None, classes: Classes 
     )
 
 
+def describe_teacher(config: RunConfig) -> ModelFacts:
+    """The facts of the teacher of a distillation. No weights are read.
+
+    Raises:
+        ConfigError: there is none that the ranks load, or it cannot be read.
+    """
+    if config.distill is None or not loads_teacher(config):
+        raise ConfigError([("distill.teacher", "is not loaded by this run")])
+    teacher = config.distill.teacher
+    model = ModelConfig(
+        pretrained=teacher.pretrained,
+        overrides=teacher.overrides,
+        attention=teacher.attention,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    # whatever tokenizer the run has: both may pad their vocabularies, and a teacher may have another altogether
+    data = config.data.model_copy(update={"tokenizer": TokenizerConfig()})
+    try:
+        return describe(config.model_copy(update={"model": model, "data": data, "distill": None}))
+    except ConfigError as error:
+        problems = [
+            (f"distill.teacher{path.removeprefix('model')}" if path.split(".")[0] == "model" else path, text)
+            for path, text in error.problems
+        ]
+        raise ConfigError(problems, error.source) from error
+
+
 def expected_vocabulary(config: RunConfig) -> int | None:
     """Tokens of the tokenizer that the run will use, before any data is prepared; None: that of the pretrained model.
 
@@ -62,23 +91,27 @@ def expected_vocabulary(config: RunConfig) -> int | None:
     tokenizer = config.data.tokenizer
     if tokenizer.train is not None:
         return tokenizer.train.vocabulary
-    if tokenizer.path is None:
+    name = tokenizer_reference(config)
+    if name is None or (tokenizer.path is None and config.model.pretrained is not None):
         return None
-    path = Path(tokenizer.path)
+    path = Path(name)
     try:
         if path.suffix == ".json" and path.is_file():
             from tokenizers import Tokenizer
 
             return int(Tokenizer.from_file(str(path)).get_vocab_size())
-        return len(AutoTokenizer.from_pretrained(tokenizer.path, trust_remote_code=config.model.trust_remote_code))
+        if path.suffix == ".gguf":
+            return len(AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
+        return len(AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code))
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise ConfigError(
-            [("data.tokenizer.path", f"{tokenizer.path} is no tokenizer that can be read: {first_line(error)}")]
-        ) from error
+        where = "distill.teacher.pretrained" if tokenizer.path is None else "data.tokenizer.path"
+        raise ConfigError([(where, f"{name} is no tokenizer that can be read: {first_line(error)}")]) from error
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the facts of CONFIG_OR_RUN with overrides; the exit code of the process."""
+    wants_teacher = list(arguments[:1]) == ["--teacher"]
+    arguments = arguments[wants_teacher:]
     if not arguments:
         print("name a config file or a run directory: python -m trainer.model.describe CONFIG_OR_RUN", file=sys.stderr)
         return ExitCode.USAGE
@@ -92,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
             config = read_run_config(Path(path))
         else:
             config = load_config(Path(path), overrides)
-        print(facts_to_json(describe(config)))
+        print(facts_to_json(describe_teacher(config) if wants_teacher else describe(config)))
     except TrimtabError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from trainer.config.facts import facts_from_json, facts_to_json
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
+from trainer.config.resolve import loads_teacher, tokenizer_reference
 from trainer.config.schema import DataConfig, RunConfig
 from trainer.data import report
 from trainer.data.build import Progress
@@ -38,7 +39,7 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     prepared = prepare(
         _data(config),
         base=files.root,
-        tokenizer_fallback=config.model.pretrained,
+        tokenizer_fallback=tokenizer_reference(config),
         trust_remote_code=config.model.trust_remote_code,
         progress=progress,
     )
@@ -55,9 +56,11 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     facts = _facts_before(files, described)
     if facts is None:
         # takes seconds to import, which a run that goes on need not wait for
-        from trainer.model.describe import describe
+        from trainer.model.describe import describe, describe_teacher
 
         facts = describe(config, prepared.vocabulary, prepared.classes)
+        if loads_teacher(config):
+            write_whole(files.teacher, facts_to_json(describe_teacher(config)))
     note = {
         "path": str(prepared.path),
         "fingerprint": prepared.fingerprint,
@@ -101,7 +104,7 @@ def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
 
 def _description(config: RunConfig, vocabulary: int, classes: Classes | None) -> str | None:
     """Digest of all that the facts of a model follow from; None: of files elsewhere too, which may have changed."""
-    if config.model.pretrained is not None:
+    if config.model.pretrained is not None or loads_teacher(config):
         return None
     # what weight decay acts on is among the facts
     parts = [config.model.model_dump(), config.optim.model_dump(), config.objective.model_dump()]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.memory import PARTS, STAGES, activation_bytes, memory_by_stage, rank_memory
+from launcher.teacher_memory import TeacherModel, teacher_memory
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.records import ModelFacts, ParameterFacts
@@ -138,6 +139,67 @@ def test_activations_by_hand():
     assert activation_bytes(facts, eager, 4) - expected == 256 * 10 * 12 * 4 * 128
 
     assert activation_bytes(facts, config_with(micro=2, objective={"z_loss": 1e-4}), 4) < expected
+
+
+TEACHER = TeacherModel(facts_with(400, vocabulary=1000), "bf16")
+
+
+def taught(place: str = "replica", **changes: Any) -> dict[str, Any]:
+    """Sections of a distillation."""
+    teacher = {"place": place, "pretrained": "large", **changes.pop("teacher", {})}
+    return {"stage": "distill", "distill": {"teacher": teacher, **changes}}
+
+
+def test_the_teacher_by_hand():
+    def memory(place: str = "replica", ranks: int = 4, **changes: Any) -> Any:
+        sections = {name: changes.pop(name) for name in ("cluster", "zero", "objective") if name in changes}
+        return teacher_memory(config_with(micro=2, length=128, **sections, **taught(place, **changes)), TEACHER, ranks)
+
+    tokens, weights, a_layer = 256, 400 * MILLION, 8 * 100 + 2 * 100 + 4 * 300
+    logits = tokens * 1000
+    whole = memory()
+    assert whole.resident == 2 * weights
+    assert whole.passing == 2 * (tokens * (a_layer + 2 * 100) + logits)
+
+    # a share of the weights, and while it is asked a bucket and the largest parameter
+    sharded = memory("zero3", zero={"stage": 3, "bucket_elements": 10 * MILLION})
+    assert sharded.resident == 2 * weights // 4
+    assert sharded.passing - whole.passing == 2 * (10 + 40) * MILLION
+    within = memory("zero3", 16, teacher={"within_node": True}, cluster={"nodes": 2, "ranks_per_node": 8})
+    assert within.resident == 2 * weights // 8
+
+    assert memory(loss={"chunk": 16}).passing == whole.passing - 2 * (tokens - 16) * 1000
+    inside = memory(hidden={"layers": ((0, 0), (2, 4), (3, 4))}, relations={"heads": 4})
+    assert inside.passing - whole.passing == 2 * tokens * (2 + 3) * 100
+    classifier = memory(objective={"kind": "classification"})
+    assert whole.passing - classifier.passing == 2 * logits
+    eager = memory(teacher={"attention": "eager"})
+    assert eager.passing - whole.passing == tokens * (4 + 2 * 2) * 4 * 128
+
+
+def test_the_student_of_a_distillation_holds_a_chunk_of_logits():
+    facts = facts_with()
+    alone, distilled = config_with(micro=2, length=128), config_with(micro=2, length=128, **taught(loss={"chunk": 16}))
+    expected = activation_bytes(facts, alone, 4) - 4 * 256 * 4 * 1000
+    gradients = 4 * (256 * 100 + 1000 * 100)
+    assert activation_bytes(facts, distilled, 4) == expected + 4 * 16 * 1000 + gradients
+    in_bf16 = activation_bytes(facts, distilled, 2)
+    assert in_bf16 == expected // 2 + 2 * (16 * 1000 + 256 * 100) + (4 + 2) * 1000 * 100
+    # a classifier's logits are few, with a teacher and without
+    classifier = config_with(micro=2, length=128, objective={"kind": "classification"})
+    assert activation_bytes(facts, classifier, 4) == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_teacher_adds_what_it_takes(stage, device):
+    config = config_with(**taught("zero3"))
+    own = teacher_memory(config, TEACHER, 4)
+    without = rank_memory(facts_with(), config, 4, device, "bf16", stage)
+    beside = rank_memory(facts_with(), config, 4, device, "bf16", stage, TEACHER)
+    assert (without.teacher, beside.teacher) == (0, own.resident + own.passing)
+    assert own.resident <= beside.peak - without.peak <= beside.teacher
+    assert own.resident <= beside.needed - without.needed <= beside.teacher
 
 
 def test_a_batch_that_does_not_divide_is_refused():
