@@ -35,7 +35,7 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
     if outcome.get("step") is not None:
         rows.append(("step", f"{outcome['step']} of {outcome.get('steps', '?')}"))
     if (held_out := outcome.get("held_out_loss")) is not None:
-        rows.append(("held-out loss", f"{held_out:.4f} nats a token{_beside(unigram_entropy(root))}"))
+        rows.append(("held-out loss", f"{held_out:.4f} {_unit(root)}"))
     if num_incidents := len(list((root / "incidents").glob("[0-9]*/report.md"))):
         rows.append(("incidents", f"{num_incidents}, each with a report in {_path(root / 'incidents')}"))
     if files.tensorboard.is_dir():
@@ -48,17 +48,16 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
     return "\n".join(lines + [f"  {name:<{width}}  {text}" for name, text in rows])
 
 
-def _beside(entropy: float | None) -> str:
-    return "" if entropy is None else f" (unigram entropy of that text: {entropy:.4f})"
-
-
-def unigram_entropy(root: Path) -> float | None:
-    """Entropy of the token frequencies of the held-out text, in nats a token; None where preparing recorded none."""
+def _unit(root: Path) -> str:
+    """Of the held-out loss, with the loss of who knows the frequencies alone, where preparing recorded it."""
     try:
-        value = json.loads(RunFiles(root).data.read_text(encoding="utf-8"))["report"]["unigram_entropy"]
+        report = json.loads(RunFiles(root).data.read_text(encoding="utf-8"))["report"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return float(value) if isinstance(value, int | float) else None
+        return "nats a token"
+    classified = "classes" in report
+    entropy = report.get("class_entropy" if classified else "unigram_entropy")
+    unit, name = ("nats a text", "class entropy") if classified else ("nats a token", "unigram entropy of that text")
+    return f"{unit} ({name}: {entropy:.4f})" if isinstance(entropy, int | float) else unit
 
 
 def _path(path: Path) -> str:

@@ -54,7 +54,7 @@ def _add_classes(result: Table, report: dict[str, Any]) -> None:
     result.add_section()
     result.add_row(Text("class", style="bold"), "", "", "documents", "documents")
     for number, name in enumerate(report["classes"]):
-        shares = (f"{of[number]:,} · {of[number] / max(1, sum(of)):.1%}" for of in counts)
+        shares = (f"{of[number]:,} {of[number] / max(1, sum(of)):4.0%}" for of in counts)
         result.add_row(Text(f"  {name}"), "", "", *shares)
     if "cut" in report:
         cut = (f"{report['cut'][split]:,}" for split in splits)

@@ -131,7 +131,7 @@ def test_the_report_counts_classes_and_what_is_cut(run: Any, tmp_path: Path) -> 
 
     Console(file=shown, width=150).print(table(report))
     text = shown.getvalue()
-    assert f"{train[0]} · {train[0] / sum(train):.1%}" in text
+    assert f"{train[0]} {train[0] / sum(train):4.0%}" in text
     assert "longer than 16 tokens, cut" in text
     assert "padding [PAD]" in text
 

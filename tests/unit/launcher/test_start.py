@@ -10,7 +10,7 @@ from launcher.start import Request, entered, generated_files, num_samples, plan_
 from launcher.words import closing
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config, read_run_config
-from trainer.config.schema import RunConfig
+from trainer.config.schema import ObjectiveConfig, RunConfig
 from trainer.errors import LaunchError, RunDirectoryError
 
 MakeConfig = Callable[..., RunConfig]
@@ -107,6 +107,10 @@ def test_samples_of_an_epoch_follow_the_weights(make_config: MakeConfig, tmp_pat
     report = {"sources": [{"train": {"tokens": 640}}, {"train": {"tokens": 6400}}]}
     files.data.write_text(json.dumps({"report": report}))
     assert num_samples(files, config) == (640 + 2 * 6400) // 64
+    classified = config.model_copy(update={"objective": ObjectiveConfig(kind="classification")})
+    report = {"sources": [{"train": {"documents": 64}}, {"train": {"documents": 6}}]}
+    files.data.write_text(json.dumps({"report": report}))
+    assert num_samples(files, classified) == 64 + 2 * 6
 
 
 def test_the_end_shows_the_loss_beside_the_entropy_and_only_what_is_there(tmp_path: Path) -> None:
@@ -119,5 +123,8 @@ def test_the_end_shows_the_loss_beside_the_entropy_and_only_what_is_there(tmp_pa
     text = closing(tmp_path, outcome)
     assert "2.5000 nats a token (unigram entropy of that text: 5.7500)" in text
     assert f"tensorboard --logdir {tmp_path}/tensorboard" in text or "tensorboard --logdir ../" in text
+    report = {"unigram_entropy": None, "classes": ["a", "b"], "class_entropy": 0.5}
+    (tmp_path / "data.json").write_text(json.dumps({"report": report}))
+    assert "2.5000 nats a text (class entropy: 0.5000)" in closing(tmp_path, outcome)
     halted = closing(tmp_path, {"reason": "halted", "exit_code": 3, "message": "ten NaNs in a row"})
     assert "The guard halted the run: ten NaNs in a row" in halted
