@@ -81,7 +81,8 @@ def diverge_(
             value = torch.abs(log_q, out=spare).sum(-1).mul_(0.5)
             if gradient:
                 log_q.sign_()
-                log_q.sub_(row_dot(q, log_q, spare)[:, None]).mul_(q).mul_(0.5)
+                # the sign of NaN is 0: the value carries it on
+                log_q.sub_(row_dot(q, log_q, spare).add_(value, alpha=0.0)[:, None]).mul_(q).mul_(0.5)
     return value
 
 

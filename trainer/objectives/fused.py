@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trainer.config.distill import DistillLossConfig
 from trainer.config.sparse import sparse_problem
@@ -19,8 +20,11 @@ from trainer.objectives.losses import IGNORED
 from trainer.objectives.positions import Positions, Rows, Scratch, See
 from trainer.objectives.teaching import Places, Teaching, cap_, into_logits, teaching_of, within
 
-TILE_ELEMENTS = 1 << 20
-"""Logits of one tile and thread: a few buffers of them stay in the cache."""
+TILE_ELEMENTS = 1 << 19
+"""Logits of one tile and thread of a CPU: a few buffers of them stay in its cache. Measured: 2¹⁷ … 2²⁰ do equally
+well."""
+TILE_ELEMENTS_OF_DEVICE = 1 << 23
+"""Logits of one tile on any other device."""
 
 HALF_SCALE = 1024.0
 """fp16 gradients of logits are this much greater while they exist: softmax of a large vocabulary underflows in fp16,
@@ -105,7 +109,8 @@ def fused_distillation(
         uld: compare probabilities by rank in place of `options.kind`: for different tokenizers.
         written: [...] bool: labels that the student wrote itself. Their cross-entropy is measured, and left out of the
             total.
-        see: shown the student's logits [n, V] of a few positions at a time, before anything else is done to them.
+        see: shown the student's logits [n, V] of the positions with a target, in their order and a few at a time. They
+            are overwritten afterwards.
 
     Raises:
         ValueError: shapes that do not fit each other, or a divergence that sparse targets cannot give.
@@ -197,10 +202,12 @@ def targets_of(labels: Tensor) -> tuple[Places, int]:
     return places, places.numel()
 
 
-def tile_rows(width: int) -> int:
+def tile_rows(width: int, device: torch.device) -> int:
     """Positions that are looked at together: at least one for each thread."""
+    if device.type != "cpu":
+        return max(1, TILE_ELEMENTS_OF_DEVICE // width)
     threads = torch.get_num_threads()
-    return max(threads, TILE_ELEMENTS * threads // max(1, width))
+    return max(threads, TILE_ELEMENTS * threads // width)
 
 
 class _Fused(torch.autograd.Function):
@@ -218,6 +225,7 @@ class _Fused(torch.autograd.Function):
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_total = gradients[0]
         scaled = (
@@ -237,8 +245,10 @@ def _run(
     rows = Rows.empty(count, hidden, dtype)
     states = hidden.reshape(-1, hidden.shape[-1])
     student = _Student(states, weight, bias, head, chunk, wanted)
-    with teaching_of(work.targets, work.labels.numel(), chunk, dtype) as teaching:
-        positions = positions_of(work, weight.shape[0], teaching, rows, hidden, gradient=any(wanted))
+    limit = limit_of(work, weight.shape[0])
+    step = min(chunk, tile_rows(weight.shape[0], hidden.device))
+    with teaching_of(work.targets, work.labels.numel(), limit, chunk, dtype) as teaching:
+        positions = positions_of(work, weight.shape[0], limit, teaching, rows, step, gradient=any(wanted))
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             of_chunk = within(places, part)
@@ -246,7 +256,6 @@ def _run(
             teaching.begin(of_chunk, part.stop - start)
             labels = work.labels[of_chunk]
             written = None if work.written is None else work.written[of_chunk]
-            step = tile_rows(weight.shape[0])
             for first in range(0, part.stop - start, step):
                 tile = slice(first, min(first + step, part.stop - start))
                 x = student.logits(tile)
@@ -260,13 +269,26 @@ def _run(
     return Totals(rows, places, work, student.gradients(hidden.shape))
 
 
+def limit_of(work: Work, vocabulary: int) -> int | None:
+    """Tokens that the divergence is about at most, before the teacher is asked how many it has; None: all of its."""
+    if work.uld:
+        return None
+    return vocabulary if work.vocabulary is None else min(vocabulary, work.vocabulary)
+
+
 def positions_of(
-    work: Work, vocabulary: int, teaching: Teaching, rows: Rows, like: Tensor, *, gradient: bool
+    work: Work, width: int, limit: int | None, teaching: Teaching, rows: Rows, most: int, *, gradient: bool
 ) -> Positions:
-    """What is computed at each position."""
-    limits = (vocabulary, work.vocabulary, teaching.vocabulary)
-    common = min(limit for limit in limits if limit is not None)
-    scratch = Scratch(tile_rows(vocabulary) * vocabulary, like, rows.divergence.dtype)
+    """What is computed at each position.
+
+    Args:
+        most: positions given to it at once, at most.
+        width: tokens of the student's vocabulary.
+        limit: :func:`limit_of`.
+    """
+    common = min(width if limit is None else limit, width if teaching.vocabulary is None else teaching.vocabulary)
+    like = rows.divergence
+    scratch = Scratch(most * width, like, like.dtype)
     return Positions(work.options, work.z_loss, common, gradient, work.uld, work.see, rows, scratch)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trainer.config.distill import DistillLossConfig
 from trainer.knowledge import LogitTargets, Targets
@@ -15,6 +16,7 @@ from trainer.objectives.fused import (
     Work,
     computing_type,
     distilled,
+    limit_of,
     positions_of,
     refuse,
     targets_of,
@@ -66,6 +68,7 @@ class _OfLogits(torch.autograd.Function):
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return kept.mul_(gradients[0]).to(ctx.dtype), None
@@ -77,9 +80,10 @@ def _run(logits: Tensor, work: Work, *, wanted: bool) -> Totals:
     rows = Rows.empty(count, logits, dtype)
     flat = logits.reshape(-1, logits.shape[-1])
     gradient = flat.new_zeros(flat.shape, dtype=dtype) if wanted else None
-    chunk = work.options.chunk
-    with teaching_of(work.targets, work.labels.numel(), chunk, dtype) as teaching:
-        positions = positions_of(work, flat.shape[1], teaching, rows, logits, gradient=wanted)
+    chunk = max(1, min(work.options.chunk, count))
+    limit = limit_of(work, flat.shape[1])
+    with teaching_of(work.targets, work.labels.numel(), limit, chunk, dtype) as teaching:
+        positions = positions_of(work, flat.shape[1], limit, teaching, rows, chunk, gradient=wanted)
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             of_chunk = within(places, part)

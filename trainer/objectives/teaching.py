@@ -32,11 +32,14 @@ class Teaching(Protocol):
 
 
 @contextmanager
-def teaching_of(targets: Targets | None, positions: int, chunk: int, dtype: torch.dtype) -> Iterator[Teaching]:
+def teaching_of(
+    targets: Targets | None, positions: int, limit: int | None, chunk: int, dtype: torch.dtype
+) -> Iterator[Teaching]:
     """How `targets` are asked. Entering is a collective where the teacher is sharded.
 
     Args:
         positions: of the labels, flattened.
+        limit: tokens wanted at most; logits beyond are not made.
         chunk: positions of a chunk at most.
         dtype: to compute in.
     """
@@ -45,7 +48,8 @@ def teaching_of(targets: Targets | None, positions: int, chunk: int, dtype: torc
             yield _Nothing()
         case DenseTargets():
             with targets.whole():
-                yield _FromHidden(flattened(targets.hidden, positions, "hidden states"), targets.head, chunk, dtype)
+                hidden = flattened(targets.hidden, positions, "hidden states")
+                yield _FromHidden(hidden, targets.head, limit, chunk, dtype)
         case LogitTargets():
             yield _FromLogits(flattened(targets.logits, positions, "logits"), dtype)
         case SparseTargets():
@@ -66,10 +70,9 @@ def flattened(tensor: Tensor, positions: int, what: str) -> Tensor:
 
 def into_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden · weightᵀ + bias [n, V] in the weight's type, into `out`."""
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=out)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=out)
+    torch.mm(hidden, weight.t(), out=out)
+    if bias is not None:
+        out.add_(bias)
 
 
 def cap_(x: Tensor, head: Head, slope: Tensor | None = None) -> None:
@@ -94,19 +97,20 @@ class _Nothing:
 
 
 class _FromHidden:
-    def __init__(self, hidden: Tensor, head: Head, chunk: int, dtype: torch.dtype) -> None:
-        # read only now: a sharded weight has its shape inside `whole`
-        self.vocabulary: int | None = head.weight.shape[0]
+    def __init__(self, hidden: Tensor, head: Head, limit: int | None, chunk: int, dtype: torch.dtype) -> None:
+        # read only now: a sharded weight has its values inside `whole`
+        self._weight = head.weight.detach()[:limit]
+        self._bias = None if head.bias is None else head.bias.detach()[:limit]
+        self.vocabulary: int | None = self._weight.shape[0]
         self._hidden = hidden
         self._head = head
-        self._buffer = hidden.new_empty(chunk, head.weight.shape[0], dtype=head.weight.dtype)
+        self._buffer = hidden.new_empty(chunk, self._weight.shape[0], dtype=self._weight.dtype)
         self._scratch = Scratch(0, hidden, dtype)
         self._dtype = dtype
 
     def begin(self, places: Places, count: int) -> None:
-        weight, bias = self._head.weight.detach(), self._head.bias
-        hidden = self._hidden[places].to(weight.dtype)
-        into_logits(self._buffer[:count], hidden, weight, None if bias is None else bias.detach())
+        hidden = self._hidden[places].to(self._weight.dtype)
+        into_logits(self._buffer[:count], hidden, self._weight, self._bias)
 
     def tile(self, part: slice) -> Tile:
         logits = self._buffer[part]

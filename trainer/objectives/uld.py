@@ -20,9 +20,10 @@ def uld_(p: Tensor, q: Tensor, out: Tensor, *, gradient: bool) -> Tensor:
     ranked_p = p.sort(-1, descending=True).values
     ranked_q, order = q.sort(-1, descending=True)
     both = min(p.shape[1], q.shape[1])
-    value = ranked_p[:, both:].sum(-1)
     ranked_q[:, :both].sub_(ranked_p[:, :both])
+    value = ranked_p[:, both:].sum(-1).add_(ranked_q.abs().sum(-1))
     if gradient:
-        out.scatter_(-1, order, ranked_q.sign())
-        out.sub_((q * out).sum(-1, keepdim=True)).mul_(q)
-    return value.add_(ranked_q.abs_().sum(-1))
+        out.scatter_(-1, order, ranked_q.sign_())
+        # the sign of NaN is 0: the value carries it on
+        out.sub_((q * out).sum(-1).add_(value, alpha=0.0)[:, None]).mul_(q)
+    return value
