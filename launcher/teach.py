@@ -16,7 +16,8 @@ from trainer.config.facts import facts_from_json
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config
 from trainer.config.schema import RunConfig
-from trainer.errors import SUPERVISED, ConfigError, ExitCode, LaunchError
+from trainer.config.teaching import distill_of, writing
+from trainer.errors import SUPERVISED, ExitCode, LaunchError
 from trainer.heartbeat import FOLDER_VARIABLE
 
 SPLITS = ("train", "held_out")
@@ -36,6 +37,8 @@ def teach(request: start.Request, splits: Sequence[str], sharded: bool, say: sta
     """
     config = request.config
     root = folder_of(config)
+    # before anything is prepared, though the ranks come to it by themselves
+    writing(config, sharded=sharded)
     if unknown := [split for split in splits if split not in SPLITS]:
         raise LaunchError(f"--split takes {' or '.join(SPLITS)}, not {unknown[0]!r}")
     if config.cluster.nodes > 1:
@@ -67,11 +70,9 @@ def folder_of(config: RunConfig) -> Path:
     """What the ranks that teach work from: config, prepared data, launcher files.
 
     Raises:
-        ConfigError: there is no teacher.
+        ConfigError: there is no teacher, or none whose knowledge can be kept.
     """
-    if config.distill is None:
-        raise ConfigError([("distill", "is not given: name a teacher, as in distill.teacher.pretrained=PATH")])
-    return Path(config.distill.cache.folder) / ".teach" / config.name
+    return Path(distill_of(config).cache.folder) / ".teach" / config.name
 
 
 def _write_launcher_files(files: RunFiles, config: RunConfig) -> accelerate.Layout:

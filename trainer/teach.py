@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trainer.__main__ import note_end, orderly, quieten, set_threads, settle
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
+from trainer.config.teaching import writing
 from trainer.errors import ExitCode, TrimtabError
 from trainer.heartbeat import Heartbeat, die_with_parent, open_heartbeat, watch_yourself
 from trainer.records import Outcome
@@ -67,7 +68,7 @@ def _teach(files: RunFiles, stop: StopRequest, heartbeat: Heartbeat) -> int:
         set_threads(files, config)
     from trainer.stages.build import Setting
     from trainer.stages.prepare import open_run
-    from trainer.stages.teach import Teaching, writing
+    from trainer.stages.teach import Teaching
     from trainer.stages.teachers import open_teacher
 
     heartbeat = watch_yourself(heartbeat, config.supervision.hang_seconds, files.root / "hangs", ranks.rank)
@@ -120,7 +121,7 @@ def _about(one: Taught) -> dict[str, str]:
         "logits": f"logits of {form.width} classes",
     }
     return {
-        "cache": one.folder,
+        "cache": os.path.relpath(one.folder),
         "teacher": f"{header.teacher_name}, {header.teacher_precision}",
         "kept at each position": kept[form.kind],
         "samples": f"{header.samples:,}",

@@ -19,6 +19,7 @@ from workspace import make_workspace
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config
 from trainer.config.schema import RunConfig
+from trainer.config.teaching import writing
 from trainer.data.order import Order
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
@@ -28,7 +29,7 @@ from trainer.errors import DataError
 from trainer.knowledge import DenseTargets, Head, Knowledge
 from trainer.stages.build import Setting
 from trainer.stages.caching import open_knowledge
-from trainer.stages.teach import Taught, Teaching, writing
+from trainer.stages.teach import Taught, Teaching
 from trainer.stop import StopRequest
 from trainer.teacher.sparse import sparse_targets
 

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch.distributed as dist
 import xxhash
 
-from trainer.config.distill import DistillConfig, TeacherConfig
+from trainer.config.distill import TeacherConfig
 from trainer.config.schema import RunConfig
+from trainer.config.teaching import distill_of
 from trainer.data.hashes import ContentHashes, content_hash
 from trainer.data.prepared import Prepared, Split
 from trainer.errors import ConfigError, DataError, TrimtabError
@@ -66,22 +67,6 @@ def agreed(choose: Callable[[], T]) -> T:
     if isinstance(box[0], TrimtabError):
         raise box[0]
     return box[0]  # type: ignore[return-value]
-
-
-def distill_of(config: RunConfig) -> DistillConfig:
-    """
-    Raises:
-        ConfigError: there is no teacher, or none whose knowledge can be kept.
-    """
-    if config.distill is None:
-        raise ConfigError([("distill", "is not given: name a teacher, as in distill.teacher.pretrained=PATH")])
-    if config.objective.kind == "masked":
-        text = "what a teacher knows depends on which tokens are masked, at every visit others: no cache; use replica"
-        raise ConfigError([("objective.kind", text)])
-    if config.distill.vocabulary == "uld":
-        text = "a teacher with another tokenizer reads other tokens than the samples have: no cache; use replica"
-        raise ConfigError([("distill.vocabulary", text)])
-    return config.distill
 
 
 def folder_of(config: RunConfig) -> Path:

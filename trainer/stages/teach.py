@@ -14,15 +14,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from trainer.config.distill import TeacherConfig
-from trainer.config.schema import RunConfig
+from trainer.config.teaching import distill_of
 from trainer.data.prepared import Split
 from trainer.data.samples import IGNORED
 from trainer.data.stream import Reader
-from trainer.errors import ConfigError, DataError
+from trainer.errors import DataError
 from trainer.knowledge import Targets, Teacher
 from trainer.records import IntArray
 from trainer.stages.build import Setting
-from trainer.stages.caching import agreed, distill_of, folder_of, name_of, wanted_of
+from trainer.stages.caching import agreed, folder_of, name_of, wanted_of
 from trainer.teacher.blocks import Tally
 from trainer.teacher.cache import CacheWriter
 from trainer.teacher.header import Header, find
@@ -51,34 +51,6 @@ class Taught:
     """That were predicted now."""
     seconds: float
     """Of predicting and writing them."""
-
-
-def writing(config: RunConfig, *, sharded: bool) -> RunConfig:
-    """The config with the teacher at the place at which it predicts: a replica where the run will read the cache.
-
-    Args:
-        sharded: over the ranks, as `zero3`.
-
-    Raises:
-        ConfigError: there is no teacher, none whose knowledge can be kept, or no place for it.
-    """
-    distill = distill_of(config)
-    teacher = distill.teacher
-    place = "zero3" if sharded else teacher.place
-    if place == "cache":
-        place = "server" if teacher.pretrained is None and teacher.server is not None else "replica"
-    if place != "server" and teacher.pretrained is None:
-        raise ConfigError([("distill.teacher.pretrained", "is not given: who is to teach?")])
-    if place == "server":
-        assert teacher.server is not None
-        if distill.cache.targets == "sampled":
-            text = "a server tells its most probable tokens, from which nothing can be drawn without bias; use top"
-            raise ConfigError([("distill.cache.targets", text)])
-        if distill.cache.top > teacher.server.top:
-            text = f"{distill.cache.top} tokens are to be kept, and distill.teacher.server.top asks for fewer"
-            raise ConfigError([("distill.cache.top", f"{text} ({teacher.server.top}): make them equal")])
-    chosen = TeacherConfig(**{**teacher.model_dump(), "place": place, "server": teacher.server})
-    return config.model_copy(update={"distill": distill.model_copy(update={"teacher": chosen})})
 
 
 class _AskedToStopError(Exception):
