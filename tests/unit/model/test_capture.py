@@ -135,6 +135,25 @@ def test_hooks_are_gone_afterwards():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_first_pass_counts(name):
+    """Of those within, the recomputation of a checkpointed layer among them."""
+    model = small_model(name)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with Capture(model, [0, 1, 3], attention=2) as seen:
+        model(input_ids=tokens()).logits.sum().backward()
+        first = {**seen.states, **seen._parts}
+        model(input_ids=tokens() * 0).logits.sum().backward()
+    for layer, state in seen.states.items():
+        assert first[layer] is state
+    for part, tensor in seen._parts.items():
+        assert first[part] is tensor
+    with Capture(model, [1, 3], attention=2) as alone:
+        model(input_ids=tokens())
+    assert torch.equal(alone.states[3], seen.states[3])
+    assert torch.equal(alone.attention.query, seen.attention.query)
+
+
 def gradients(model: nn.Module, *, backward_inside: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     model.zero_grad()
     seen = Capture(model, [0, 1, 3], attention=2)

@@ -42,6 +42,16 @@ SMALL = {
         "moe_intermediate_size": 8,
         "mlp_only_layers": [1],
     },
+    "glm4_moe": {
+        **LLAMA,
+        "head_dim": 4,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "bert": BERT,
     "distilbert": {"dim": 16, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 64},
 }
@@ -104,6 +114,7 @@ def ids() -> torch.Tensor:
         ("gemma2", "1, 2", (1, 2)),
         ("qwen2", "1, 3", (1, 3)),
         ("qwen3_moe", "1, 2", (1, 2)),
+        ("glm4_moe", "1, 2, 3", (1, 2, 3)),
         ("bert", "spread:3", (0, 2, 3)),
         ("distilbert", "first:1", (0,)),
     ],
@@ -252,6 +263,13 @@ def test_a_layer_that_its_number_makes_another_is_refused(tmp_path):
     assert len(find_layers(build(cut_config(str(tmp_path), "2, 3")))) == 2
     with pytest.raises(ConfigError, match="layer 1 of Qwen3MoeForCausalLM would be another one in place 0"):
         build(cut_config(str(tmp_path), "1, 2"))
+
+
+def test_a_layer_that_computes_otherwise_by_its_number_is_refused(published):
+    overrides = {"scale_attn_by_inverse_layer_idx": True}
+    assert len(find_layers(build(cut_config(published("gpt2"), "first:2", overrides=overrides)))) == 2
+    with pytest.raises(ConfigError, match=r"layer 2 of GPT2LMHeadModel .* in place 1 \(attn\.scaling differs there\)"):
+        describe(cut_config(published("gpt2"), "0, 2", overrides=overrides))
 
 
 def test_weights_that_are_named_otherwise_are_not_drawn_in_silence(published, tmp_path):
