@@ -72,7 +72,7 @@ class Serving:
         self.bodies: list[dict[str, Any]] = []
         self.num_requests = 0
         self.lock = threading.Lock()
-        self.ended = threading.Event()
+        self.asked, self.ended = threading.Event(), threading.Event()
         self.barrier = threading.Barrier(together)
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.httpd.daemon_threads = True
@@ -186,6 +186,9 @@ class Serving:
 def _handler(serving: Serving) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # headers and content in one packet, or the answer waits 40 ms for the client's acknowledgement
+        wbufsize = -1
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             self.handle_with(lambda: serving.models())
@@ -194,6 +197,7 @@ def _handler(serving: Serving) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with serving.lock:
                 serving.bodies.append(body)
+            serving.asked.set()
             serving.barrier.wait()
             self.handle_with(lambda: serving.completion(body))
 

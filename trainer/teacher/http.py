@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import random
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -69,6 +72,7 @@ class JsonClient:
         self._key = _key(config, environment)
         self._timeout, self._retries = config.timeout_seconds, config.retries
         self._closed = threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._pause = pause or self._closed.wait
         # not the global generator: its state is part of a run's
         self._random = random.Random()  # noqa: S311
@@ -98,8 +102,12 @@ class JsonClient:
         return self._ask("POST", path, body)
 
     def close(self) -> None:
-        """No further tries; waits between tries end."""
+        """No further tries; waits for an answer, and between tries, end."""
         self._closed.set()
+        for connection in list(self._sockets):
+            # closing alone would not wake a thread that reads
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._client.close()
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -158,7 +166,7 @@ class JsonClient:
         """Status, headers and content; the whole answer within the time, not only each part of it."""
         deadline = time.monotonic() + self._timeout
         content = bytearray()
-        with self._client.stream(method, address, json=body) as response:
+        with self._client.stream(method, address, json=body, extensions={"trace": self._note}) as response:
             for part in response.iter_bytes():
                 content += part
                 if time.monotonic() > deadline:
@@ -166,6 +174,10 @@ class JsonClient:
                 if len(content) > _LONGEST_ANSWER_BYTES:
                     raise ServerRefusedError(f"{address} answers with more than {_LONGEST_ANSWER_BYTES >> 30} GiB")
             return response.status_code, response.headers, bytes(content)
+
+    def _note(self, event: str, info: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def _plain(self, text: str) -> str:
         """Text of others on one line, short, without control characters and without the key."""

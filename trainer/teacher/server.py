@@ -148,7 +148,7 @@ class ServerTeacher:
         return None
 
     def close(self) -> None:
-        """Give up what is asked; threads that wait for the server end with the answer or its time-out."""
+        """Give up what is asked; whoever waits for it gets a :class:`ServerFailedError`."""
         self._client.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -209,6 +209,24 @@ def test_an_example_by_hand(made) -> None:
     assert found[TEACHER_PLACE][0].tolist() == [1, 2, 4, 6, 8, 10]
 
 
+@pytest.mark.parametrize(
+    ("name", "read", "places"),
+    [
+        ("both-sentencepiece", ["<s>", "▁", "a", "</s>", "<s>", "▁", "b", "</s>", "<s>"], [1, 2, 4, 5, 6, 8]),
+        # what a space before a document stands for in the student, the end of the one before does in the teacher
+        ("from-sentencepiece", ["Ġ", "a", END, "b", END], [0, 1, 2, 2, 3, 4]),
+    ],
+)
+def test_a_space_before_each_document_is_no_text(made, name: str, read: list[str], places: list[int]) -> None:
+    pair = next(pair for pair in PAIRS if pair.name == name)
+    window = tokens_of(pair, ["a", "b"])
+    assert [pair.student.id_to_token(id_) for id_ in window] == ["▁", "a", "</s>", "▁", "b", "</s>"]
+    found = made(name, "join").annotate(np.zeros(1), {"input_ids": np.array([window])})
+    ids = found[TEACHER_INPUT_IDS][0][found[TEACHER_ATTENTION_MASK][0] == 1]
+    assert [pair.teacher.id_to_token(id_) for id_ in ids.tolist()] == read
+    assert found[TEACHER_PLACE][0].tolist() == places
+
+
 def test_a_letter_that_the_sample_cuts(made) -> None:
     """Its bytes are not shown to the teacher, and nothing is compared within it."""
     pair = next(pair for pair in PAIRS if pair.name == "coarser")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,17 @@ def test_after_an_error_no_more_is_asked(model: LlamaForCausalLM, tokenizer: Tok
         with pytest.raises(ServerRefusedError):
             teacher_of(server, requests=1).annotate(NO_IDS, arrays_of(100))
         assert server.num_requests < 50
+
+
+def test_closing_gives_up_what_is_asked(model: LlamaForCausalLM, tokenizer: Tokenizer, teacher_of: Open) -> None:
+    with served(model, tokenizer, misbehave="slow") as server, ThreadPoolExecutor(1) as thread:
+        teacher = teacher_of(server, timeout_seconds=1000.0, requests=1)
+        asked = thread.submit(teacher.annotate, NO_IDS, arrays_of(5))
+        assert server.asked.wait(60)
+        teacher.close()
+        with pytest.raises(ServerFailedError, match="the run is ending"):
+            asked.result(60)
+        assert len(server.bodies) == 1
 
 
 def test_fewer_tokens_are_said_once(
