@@ -211,6 +211,8 @@ class Guard(Rungs):
         if self._config.mode != "act" or not self._can_roll_back:
             return None
         self._pending = None
+        self._open(stats, text)
+        self._say("examined", stats, text)
         return self._rank_fault(stats, "teacher", text, verified_step)
 
     def observe(self, step: int, structure: Structure) -> list[str]:

@@ -139,7 +139,7 @@ class Scalars:
         """What an attempt showed before the verdict, applied or not."""
         values = {LOSS: record["loss"], GRADIENT_NORM: record["grad_norm"], NONFINITE: record["nonfinite"]}
         values |= {f"{LOSS}: {name}": value for name, value in record["parts"].items()}
-        values |= {f"{MEASURE}/{name}": value for name, value in record.get("measures", {}).items()}
+        values |= {f"{MEASURE}/{name.replace('_', ' ')}": value for name, value in record.get("measures", {}).items()}
         values |= {f"{SCORE}: {name}": value for name, value in record.get("scores", {}).items()}
         if "parameter_norms" in record:
             norms = np.asarray(record["parameter_norms"], dtype=np.float64)
