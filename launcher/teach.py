@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from launcher import accelerate, local, start
 from launcher.lookout import Lookout, beats_folder
@@ -23,6 +22,7 @@ from trainer.heartbeat import FOLDER_VARIABLE
 SPLITS = ("train", "held_out")
 REQUEST = "teach.json"
 """What the ranks are asked for, in their folder."""
+STOPPED = "stopped; complete blocks stay, and the same command goes on"
 
 
 def teach(request: start.Request, splits: Sequence[str], sharded: bool, say: start.Say) -> int:
@@ -57,12 +57,17 @@ def teach(request: start.Request, splits: Sequence[str], sharded: bool, say: sta
         files.outcome.unlink(missing_ok=True)
         start.prepare(root, lock, say)
         layout = _write_launcher_files(files, config)
-        ended, why = _launch(root, layout, config, lock, say)
+        ended, killed = _launch(root, layout, config, lock, say)
     outcome = read_outcome(root)
-    if outcome is None:
-        outcome = _without_a_word(ended, why)
-    if outcome["reason"] not in ("completed", "refused"):
-        say(f"{outcome['message']}")
+    if outcome is None and ended.stop_requested and not killed:
+        outcome = {"reason": "stopped", "exit_code": ExitCode.STOPPED, "message": STOPPED}
+    elif outcome is None or outcome["reason"] == "crashed":
+        # what other ranks say is only that they miss the one that was killed
+        said = outcome["message"] if outcome else f"the ranks ended with exit code {ended.exit_code}"
+        text = f"{killed or said}; complete blocks stay, and the same command goes on"
+        outcome = {"reason": "crashed", "exit_code": ExitCode.CRASHED, "message": text}
+    if outcome["reason"] in ("stopped", "crashed"):
+        say(str(outcome["message"]))
     return int(outcome["exit_code"])
 
 
@@ -86,7 +91,7 @@ def _write_launcher_files(files: RunFiles, config: RunConfig) -> accelerate.Layo
 def _launch(
     root: Path, layout: accelerate.Layout, config: RunConfig, lock: int | None, say: start.Say
 ) -> tuple[local.Ended, str | None]:
-    """How the ranks ended, and of what the first of them died, if one did."""
+    """How the ranks ended, and why they were killed, if they were."""
     with beats_folder(layout.ranks) as beats:
         lookout = Lookout(beats, config.supervision.hang_seconds, root / "hangs")
         ended = local.supervise(
@@ -104,12 +109,6 @@ def _launch(
             say=say,
             watch=lookout,
         )
-        return ended, ended.alarm or (str(lookout.first_death) if lookout.first_death else None)
-
-
-def _without_a_word(ended: local.Ended, why: str | None) -> dict[str, Any]:
-    if ended.stop_requested:
-        text = "stopped; the blocks that are complete stay, and the same command goes on"
-        return {"reason": "stopped", "exit_code": ExitCode.STOPPED, "message": text}
-    text = f"{why or f'the ranks ended with exit code {ended.exit_code}'}; the same command goes on"
-    return {"reason": "crashed", "exit_code": ExitCode.CRASHED, "message": text}
+        death = lookout.first_death
+        was_killed = death is not None and (death.status is None or death.status < 0)
+        return ended, ended.alarm or (str(death) if was_killed else None)

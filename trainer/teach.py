@@ -80,7 +80,7 @@ def _teach(files: RunFiles, stop: StopRequest, heartbeat: Heartbeat) -> int:
         with _Shown(ranks.is_first) as progress:
             result = Teaching(setting, split, open_teacher, progress).run()
         if result is None:
-            text = "stopped; the blocks that are complete stay, and the same command goes on"
+            text = "stopped; complete blocks stay, and the same command goes on"
             outcome = Outcome("stopped", ExitCode.STOPPED, text, 0, 0, None)
             break
         taught.append(result)
