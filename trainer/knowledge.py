@@ -21,8 +21,25 @@ WRITTEN = "written"
 DATA_SHARE = "data_share"
 """Array of a micro-batch, [n, 1] float32, one number for the whole global batch: the share of its targets that are
 the data's."""
-BESIDE_INPUTS = (TEACHER_IDS, TEACHER_LOG_PROBABILITIES, WRITTEN, DATA_SHARE)
-"""Arrays that are not for the model."""
+TEACHER_INPUT_IDS = "teacher_input_ids"
+"""Of a teacher with another tokenizer: [n, Lt] int64, the sample's text in its tokens, padded behind."""
+TEACHER_ATTENTION_MASK = "teacher_attention_mask"
+"""[n, Lt] int64: 0 where padded. Not with `data.boundaries=block`, whose mask transformers makes of the positions."""
+TEACHER_POSITION_IDS = "teacher_position_ids"
+"""[n, Lt] int64, from 0 in each document; not with `data.boundaries=join`."""
+TEACHER_PLACE = "teacher_place"
+"""[n, L] int64: index into Lt of the teacher's prediction that the student's is compared with; −1: none."""
+BESIDE_INPUTS = (
+    TEACHER_IDS,
+    TEACHER_LOG_PROBABILITIES,
+    TEACHER_INPUT_IDS,
+    TEACHER_ATTENTION_MASK,
+    TEACHER_POSITION_IDS,
+    TEACHER_PLACE,
+    WRITTEN,
+    DATA_SHARE,
+)
+"""Arrays that are not for the student."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,8 @@ class DenseTargets:
     head: Head
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     """Within it the head's weights hold their values: a sharded teacher gathers them. A collective there."""
+    known: Tensor | None = None
+    """[B, T] bool: places at which it says something. None: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ class Whole:
     logits: Tensor
     """[r, V'] of the type to compute in."""
     may_be_normalised: bool
+    known: Tensor | None = None
+    """[r] bool: where it says something; None: everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,11 @@ class Positions:
         else:
             u.sub_(log_z_u[:, None])
             value = diverge_(options, p, log_p, q_u, u, spare, gradient=learned)
+        if tile.known is not None:
+            value = value.where(tile.known, 0.0)
+            self.rows.teacher_entropy[place].mul_(tile.known)
+            if learned:
+                u.masked_fill_(~tile.known[:, None], 0.0)
         self.rows.divergence[place] = value * options.temperature**2
         if not self.gradient:
             return

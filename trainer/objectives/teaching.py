@@ -49,7 +49,8 @@ def teaching_of(
         case DenseTargets():
             with targets.whole():
                 hidden = flattened(targets.hidden, positions, "hidden states")
-                yield _FromHidden(hidden, targets.head, limit, chunk, dtype)
+                known = None if targets.known is None else targets.known.flatten()
+                yield _FromHidden(hidden, targets.head, limit, chunk, dtype, known)
         case LogitTargets():
             yield _FromLogits(flattened(targets.logits, positions, "logits"), dtype)
         case SparseTargets():
@@ -97,7 +98,9 @@ class _Nothing:
 
 
 class _FromHidden:
-    def __init__(self, hidden: Tensor, head: Head, limit: int | None, chunk: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden: Tensor, head: Head, limit: int | None, chunk: int, dtype: torch.dtype, known: Tensor | None
+    ) -> None:
         # read only now: a sharded weight has its values inside `whole`
         self._weight = head.weight.detach()[:limit]
         self._bias = None if head.bias is None else head.bias.detach()[:limit]
@@ -107,8 +110,11 @@ class _FromHidden:
         self._buffer = hidden.new_empty(chunk, self._weight.shape[0], dtype=self._weight.dtype)
         self._scratch = Scratch(0, hidden, dtype)
         self._dtype = dtype
+        self._known = known
+        self._places: Places = slice(0)
 
     def begin(self, places: Places, count: int) -> None:
+        self._places = places
         hidden = self._hidden[places].to(self._weight.dtype)
         into_logits(self._buffer[:count], hidden, self._weight, self._bias)
 
@@ -117,7 +123,8 @@ class _FromHidden:
         if logits.dtype != self._dtype:
             logits = self._scratch.take(0, *logits.shape).copy_(logits)
         cap_(logits, self._head)
-        return Whole(logits, may_be_normalised=False)
+        known = None if self._known is None else self._known[within(self._places, part)]
+        return Whole(logits, may_be_normalised=False, known=known)
 
 
 class _FromLogits:

@@ -19,8 +19,10 @@ from trainer.stages.build import Setting
 from trainer.stages.caching import open_knowledge
 from trainer.stages.distill import CROSS_ENTROPY, Right
 from trainer.stages.prepare import write_whole
+from trainer.teacher.across import AcrossTokenizers
 from trainer.teacher.build import build_teacher
 from trainer.teacher.model import TeacherModel
+from trainer.teacher.retokenise import Retokeniser
 from trainer.teacher.server import ServerTeacher
 
 
@@ -45,13 +47,25 @@ def open_teacher(setting: Setting) -> Teacher:
                 boundaries=config.data.boundaries,
             )
         case "replica" | "zero3":
-            return build_teacher(
+            model = build_teacher(
                 config,
                 ranks=setting.ranks,
                 device=setting.device,
                 vocabulary=prepared.vocabulary,
                 classes=prepared.classes,
             )
+            if config.distill.vocabulary == "same":
+                return model
+            assert config.distill.teacher.pretrained is not None
+            retokeniser = Retokeniser(
+                prepared.tokenizer_path,
+                config.distill.teacher.pretrained,
+                boundaries=config.data.boundaries,
+                eos_id=prepared.eos_id,
+                longest=model.max_positions,
+                trust_remote_code=config.distill.teacher.trust_remote_code,
+            )
+            return AcrossTokenizers(model, retokeniser)
 
 
 class TeacherCare:

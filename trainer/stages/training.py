@@ -281,11 +281,13 @@ class Training:
         # only here: seconds of imports that other runs need not wait for
         from trainer.stages.distill import Distillation
         from trainer.stages.teachers import note_scores, open_teacher
+        from trainer.teacher.across import AcrossTokenizers
         from trainer.teacher.model import TeacherModel
 
         teacher = open_teacher(setting)
-        if self.injector.active and isinstance(teacher, TeacherModel):
-            self.injector.teacher = teacher.tensors
+        model = teacher.model if isinstance(teacher, AcrossTokenizers) else teacher
+        if self.injector.active and isinstance(model, TeacherModel):
+            self.injector.teacher = model.tensors
         note_scores(setting, teacher, self.numbers.micro)
         prepared = setting.prepared
         return teacher, Distillation(teacher, config, vocabulary=prepared.vocabulary, end=prepared.eos_id)

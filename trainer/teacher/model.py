@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.errors import DataError
 from trainer.knowledge import BESIDE_INPUTS, DenseTargets, Knowledge, LogitTargets, Targets
 from trainer.model.capture import Capture
+from trainer.model.configuration import max_positions
 from trainer.model.head import InterceptedHead, StandIn
 from trainer.model.inner import Wanted
 from trainer.records import IntArray
@@ -55,6 +56,11 @@ class TeacherModel:
     def num_parameters(self) -> int:
         """Of the whole model; tied ones count once."""
         return self._holding.num_parameters
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text that its positions allow; None: no limit."""
+        return max_positions(self._model.config)  # type: ignore[arg-type]
 
     def tensors(self) -> list[Tensor]:
         """Its weights as they lie in this rank's memory."""

@@ -13,21 +13,13 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer.errors import ConfigError
+from trainer.knowledge import TEACHER_ATTENTION_MASK, TEACHER_INPUT_IDS, TEACHER_PLACE, TEACHER_POSITION_IDS
 from trainer.records import IntArray
 from trainer.teacher.align import NO_PLACE, Aligned, Side, align
 from trainer.teacher.pieces import NotPiecesError, Pieces, pieces_of
 from trainer.teacher.prompts import IGNORED
 
 logger = logging.getLogger(__name__)
-
-TEACHER_INPUT_IDS = "teacher_input_ids"
-"""Array of a micro-batch, [n, Lt] int64: its text in the teacher's tokens, padded behind."""
-TEACHER_ATTENTION_MASK = "teacher_attention_mask"
-"""[n, Lt] int64: 0 where padded. Not with `data.boundaries=block`, whose mask transformers makes of the positions."""
-TEACHER_POSITION_IDS = "teacher_position_ids"
-"""[n, Lt] int64, from 0 in each document; not with `data.boundaries=join`."""
-TEACHER_PLACE = "teacher_place"
-"""[n, L] int64: index into Lt of the teacher's prediction that the student's is compared with; −1: none."""
 
 _MULTIPLE = 64
 """Lengths are rounded up to it, so that few shapes occur."""
@@ -70,7 +62,7 @@ class Retokeniser:
         return self._num_compared / max(1, self._num_targets)
 
     def annotate(self, ids: IntArray, arrays: Mapping[str, IntArray]) -> dict[str, NDArray[Any]]:  # noqa: ARG002
-        """The arrays above, for `input_ids` and `labels`, each [n, L]."""
+        """Arrays of `trainer.knowledge`, for `input_ids` and `labels`, each [n, L]."""
         input_ids = arrays["input_ids"]
         labels = arrays.get("labels")
         predicted = np.ones(input_ids.shape, dtype=np.bool_) if labels is None else labels != IGNORED
