@@ -115,6 +115,9 @@ def _on_policy(config: RunConfig, distill: DistillConfig) -> Iterator[Problem]:
         yield "distill.on_policy", "needs a teacher that can be asked: what the student writes is in no cache"
     if config.objective.kind != "causal":
         yield "distill.on_policy", f"needs the causal objective, but objective.kind is {config.objective.kind}"
+    if config.data.boundaries == "block":
+        text = "is block, but what the student writes goes on from the whole sample: use `positions` or `join`"
+        yield "data.boundaries", text
     if tokens >= length:
         text = f"{tokens} tokens leave no prompt in samples of {length} (data.sequence_length); write fewer"
         yield "distill.on_policy.tokens", text

@@ -10,7 +10,7 @@ from trainer.config.section import NonNegativeFloat, NonNegativeInt, PositiveFlo
 
 
 class ServerConfig(Section):
-    """An endpoint in the OpenAI format (vLLM, SGLang, llama.cpp) that gives log-probabilities of a prompt's tokens."""
+    """An endpoint in the OpenAI format (vLLM, SGLang) that gives log-probabilities of a prompt's tokens."""
 
     url: str
     """Base address, as in `http://node7:8000/v1`."""

@@ -1,13 +1,13 @@
-"""Which cache of a teacher's knowledge belongs to a run: fingerprints of teacher, tokenizer and data."""
+"""Which cache of a teacher's knowledge belongs to a run: fingerprints of teacher, tokenizer and data. Imports torch only
+where ranks need it: a missing cache is refused before there are any."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch.distributed as dist
 import xxhash
 
 from trainer.config.distill import TeacherConfig
@@ -16,37 +16,41 @@ from trainer.config.teaching import distill_of
 from trainer.data.hashes import ContentHashes, content_hash
 from trainer.data.prepared import Prepared, Split
 from trainer.errors import ConfigError, DataError, TrimtabError
-from trainer.stages.build import Setting
-from trainer.teacher.cache import CacheReader, CacheTeacher
-from trainer.teacher.header import Wanted, find, why_none
+from trainer.teacher.header import Header, Wanted, find, require_complete, why_none
+
+if TYPE_CHECKING:
+    from trainer.stages.build import Setting
+    from trainer.teacher.cache import CacheTeacher
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 T = TypeVar("T")
 
 
-def open_knowledge(setting: Setting, split: Split = "train") -> CacheTeacher:
-    """The knowledge of the run's teacher, as `trimtab teach` wrote it. A collective.
+def check_knowledge(config: RunConfig, prepared: Prepared, split: Split = "train") -> tuple[Path, Header]:
+    """The cache of the run's teacher, looked for and not read.
 
     Raises:
         ConfigError: there can be no cache for such a run.
         DataError: there is none, for another teacher, tokenizer, data or form only, or not all of it; the text says
             what to do.
     """
-    folder = folder_of(setting.config)
-
-    def choose() -> tuple[Path, Wanted]:
-        wanted = wanted_of(setting.config, setting.prepared, split)
-        found = find(folder, wanted)
-        if found is None:
-            raise DataError(why_none(folder, wanted))
-        return found[0], wanted
-
-    path, wanted = agreed(choose)
-    # looked up again by each rank, which needs the header
+    folder, wanted = folder_of(config), wanted_of(config, prepared, split)
     found = find(folder, wanted)
     if found is None:
-        raise DataError(f"{path} is not visible on every machine: put distill.cache.folder on a shared file system")
-    return CacheTeacher(CacheReader(*found))
+        raise DataError(why_none(folder, wanted))
+    require_complete(found[0])
+    return found
+
+
+def open_knowledge(setting: Setting, split: Split = "train") -> CacheTeacher:
+    """The knowledge of the run's teacher, as `trimtab teach` wrote it. A collective.
+
+    Raises:
+        ConfigError, DataError: as :func:`check_knowledge`, on all ranks.
+    """
+    from trainer.teacher.cache import CacheReader, CacheTeacher
+
+    return CacheTeacher(CacheReader(*agreed(lambda: check_knowledge(setting.config, setting.prepared, split))))
 
 
 def agreed(choose: Callable[[], T]) -> T:
@@ -55,6 +59,8 @@ def agreed(choose: Callable[[], T]) -> T:
     Raises:
         TrimtabError: on all ranks; rank 0 found out.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return choose()
     box: list[T | TrimtabError | None] = [None]

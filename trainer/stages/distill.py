@@ -16,6 +16,8 @@ from trainer.engine.zero import Engine
 from trainer.knowledge import (
     BESIDE_INPUTS,
     DATA_SHARE,
+    TEACHER_IDS,
+    TEACHER_LOG_PROBABILITIES,
     WRITTEN,
     Head,
     Knowledge,
@@ -246,6 +248,9 @@ class Distillation:
         input_ids[rows] = ids
         labels[rows, -options.tokens - 1 : -1] = ids[:, -options.tokens :]
         changed = {**tensors, "input_ids": input_ids, "labels": labels}
+        # what a server said beforehand was of the data's text
+        for name in (TEACHER_IDS, TEACHER_LOG_PROBABILITIES):
+            changed.pop(name, None)
         if positions is not None:
             changed["position_ids"] = _positions(input_ids, positions, rows, options.tokens, self._end)
         return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -352,7 +353,10 @@ class Training:
             self.telemetry.message("warning", f"asked to stop: the evaluation at step {step} is given up")
             return None
         seconds = time.perf_counter() - began
-        self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, found.scores)
+        scores = found.scores
+        if config.objective.kind != "classification":
+            scores = {"perplexity": math.exp(min(found.loss, 700.0)), **scores}
+        self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, scores)
         return found.loss
 
     def _manifest(self, position: Position) -> Manifest:

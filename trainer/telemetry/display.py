@@ -5,10 +5,10 @@ A slow or stopped terminal holds up neither training nor the ledger.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
+from itertools import starmap
 from typing import Literal
 
 from rich.console import Console
@@ -76,9 +76,8 @@ class ConsoleView:
             case "rewind":
                 self._num_lines = 0
             case "evaluation":
-                perplexity = math.exp(min(record["loss"], 700))
-                text = f"held-out loss {record['loss']:.4f}  perplexity {perplexity:.2f}  at step {record['step']}"
-                self._lines.append(Text(text, "bold"))
+                shown = [f"held-out loss {record['loss']:.4f}", *starmap(_score, record.get("scores", {}).items())]
+                self._lines.append(Text("  ".join([*shown, f"at step {record['step']}"]), "bold"))
             case "checkpoint":
                 self._lines.append(Text(f"saved {record['name']} in {record['seconds_written']:.1f} s", "dim"))
 
@@ -103,6 +102,10 @@ class ConsoleView:
     def _print(self, lines: list[Text]) -> None:
         for line in lines:
             self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _score(name: str, value: float) -> str:
+    return f"{name} {value:.1%}" if name == "accuracy" else f"{name} {value:.2f}"
 
 
 def console_view(mode: Mode) -> ConsoleView:

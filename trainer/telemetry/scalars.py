@@ -28,7 +28,6 @@ QUARANTINED = "1 stability/quarantined batches"
 SCORE = "1 stability/spike score"
 LOSS_SCALE = "1 stability/fp16 loss scale"
 HELD_OUT_LOSS = "2 held-out/loss"
-HELD_OUT_PERPLEXITY = "2 held-out/perplexity"
 HELD_OUT = "2 held-out"
 MEASURE = "2 distillation"
 PART_NORMS = "3 gradients by part of the loss"
@@ -189,11 +188,9 @@ class Scalars:
         return values
 
     def evaluation(self, record: Record) -> dict[str, float]:
-        """Held-out loss, perplexity and scores."""
-        loss = record["loss"]
-        perplexity = math.inf if loss > 700 else math.exp(loss)
+        """Held-out loss and scores."""
         scores = {f"{HELD_OUT}/{name}": value for name, value in record.get("scores", {}).items()}
-        return scores | {HELD_OUT_LOSS: loss, HELD_OUT_PERPLEXITY: perplexity, SECONDS_EVALUATION: record["seconds"]}
+        return scores | {HELD_OUT_LOSS: record["loss"], SECONDS_EVALUATION: record["seconds"]}
 
     def part_norms(self, record: Record) -> dict[str, float]:
         """Gradient norm of each part of the loss."""

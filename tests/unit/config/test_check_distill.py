@@ -194,6 +194,11 @@ def test_what_goes_together(changes: dict[str, Any]) -> None:
             "needs the causal objective, but objective.kind is masked",
         ),
         (
+            {"distill__on_policy": {}, "data__boundaries": "block"},
+            "data.boundaries",
+            "is block, but what the student writes goes on from the whole sample: use `positions` or `join`",
+        ),
+        (
             {"distill__on_policy": {"tokens": 128}},
             "distill.on_policy.tokens",
             "128 tokens leave no prompt in samples of 128 (data.sequence_length); write fewer",

@@ -59,7 +59,8 @@ def attempt(step: int, loss: float = 4.0, applied: bool = True, **fields: object
 
 
 def evaluation(step: int, loss: float) -> Record:
-    return {"kind": "evaluation", "time": 0.0, "start": 1, "step": step, "loss": loss, "targets": 9, "seconds": 1.0}
+    fields = {"step": step, "loss": loss, "targets": 9, "seconds": 1.0}
+    return {"kind": "evaluation", "time": 0.0, "start": 1, **fields, "scores": {"perplexity": 7.0, "accuracy": 0.25}}
 
 
 def message(level: str, text: str) -> Record:
@@ -166,7 +167,7 @@ def test_lines_are_few_aligned_and_end_with_the_end() -> None:
         "step 400/400",
     ]
     assert len({line.index("tokens/s") for line in steps}) == 1
-    assert any("held-out loss 1.9459  perplexity 7.00  at step 30" in line for line in lines)
+    assert any("held-out loss 1.9459  perplexity 7.00  accuracy 25.0%  at step 30" in line for line in lines)
     assert any("warning: the disk is nearly full" in line for line in lines)
     assert any("warning: skipped batch 30 (attempt 31): not finite" in line for line in lines)
     assert lines[-1].endswith("completed: All steps done.")

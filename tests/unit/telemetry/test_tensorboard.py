@@ -93,7 +93,7 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
     ratios = np.array([0.1, 0.3, 0.4, 0.0, 0.0, 0.2])
     telemetry.record_structure(4, Structure(np.array([3.0, 7.0]), 12.0, NORMS, ratios))
     telemetry.record_snapshot(4, 0.0625, 1000)
-    telemetry.record_evaluation(2, math.log(7.0), 100, 1.5)
+    telemetry.record_evaluation(2, math.log(7.0), 100, 1.5, {"perplexity": 7.0})
     telemetry.record_evaluation(4, math.nan, 100, 1.5, {"accuracy": 0.25})
     telemetry.record_part_norms(4, {"loss": 5.0})
     telemetry.record_checkpoint(Saved(4, "step-00000004", 1000, 2.5), 0.75)
@@ -128,7 +128,7 @@ def test_every_value_is_read_back(tmp_path: Path) -> None:
         "4 largest attention logits/layer 01": [(4, 7)],
         "4 largest output logit/all": [(4, 12)],
         "2 held-out/loss": [(2, math.log(7.0)), (4, math.nan)],
-        "2 held-out/perplexity": [(2, 7.0), (4, math.nan)],
+        "2 held-out/perplexity": [(2, 7.0)],
         "3 gradients by layer/embedding": of_loss(1),
         "3 gradients by layer/layer 00": of_loss(5),
         "3 gradients by layer/layer 01": of_loss(13),
