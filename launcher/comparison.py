@@ -175,21 +175,31 @@ def _cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     classifies = found.predicts == "classification"
     whole = found.teacher.parameters if found.teacher else None
     scores = any(entry.accuracy is not None for entry in found.entries)
-    titles = ["", "parameters", "of the teacher's", "held-out loss"]
+    titles = ["", "parameters", "size", "held-out"]
     titles += [*([] if classifies else ["perplexity"]), *(["accuracy"] if scores else []), "tokens", "minutes"]
     rows = []
     for entry in found.entries:
         loss, size = entry.held_out_loss, entry.parameters
         row = [
-            {"distilled": "student, distilled", "plain": "student, plain"}.get(entry.name, entry.name),
-            _number(size, ",.0f"),
+            entry.name,
+            _short(size),
             _number(size / whole if size and whole and entry.name != "teacher" else None, ".0%"),
             _number(loss, ".4f"),
         ]
         row += [] if classifies else [_number(None if loss is None else _exp(loss), ",.2f")]
         row += [_number(entry.accuracy, ".2%")] if scores else []
-        rows.append([*row, _number(entry.tokens, ",.0f"), _number(entry.minutes, ".1f")])
+        rows.append([*row, _short(entry.tokens), _number(entry.minutes, ".1f")])
     return titles, rows
+
+
+def _short(count: int | None) -> str:
+    """A count in its largest unit, so that the table fits a narrow terminal: 134.5 M."""
+    if count is None:
+        return "–"
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return str(count)
 
 
 def _exp(loss: float) -> float:
@@ -217,7 +227,7 @@ def sentences(found: Comparison) -> list[str]:
         gap = other - teacher.held_out_loss if teacher and teacher.held_out_loss is not None else 0.0
         share = f", which is {(other - one) / gap:.0%} of the way to the teacher" if other - one > 0 and gap > 0 else ""
         result.append(f"The held-out loss of the distilled student is {what}{share}.")
-    if teacher and teacher.accuracy and distilled.accuracy is not None:
+    if found.predicts == "classification" and teacher and teacher.accuracy and distilled.accuracy is not None:
         kept = distilled.accuracy / teacher.accuracy
         beside = "" if alone.accuracy is None else f" (without it {alone.accuracy / teacher.accuracy:.1%})"
         result.append(f"It keeps {kept:.1%} of the teacher's accuracy{beside}.")
@@ -233,7 +243,7 @@ def table(found: Comparison) -> RenderableType:
     titles, rows = _cells(found)
     result = Table(title="Side by side", title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, title in enumerate(titles):
-        result.add_column(title, justify="right" if index else "left", no_wrap=not index)
+        result.add_column(title, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         result.add_row(*row)
     return Group(Text(), result, Text("\n".join(["", *sentences(found)])))

@@ -58,7 +58,7 @@ def test_a_pipeline_distils_what_it_trained(prepared: Workspace) -> None:
     # the same weights on the same held-out text
     assert teacher["held_out_loss"] == pytest.approx(outcome["held_out_loss"], abs=1e-4)
     assert distilled["held_out_loss"] != plain["held_out_loss"]
-    assert "student, distilled" in output
+    assert "Side by side" in output
 
     code, output = prepared.trimtab("run", "line.yaml")
     assert code == 0

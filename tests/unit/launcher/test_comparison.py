@@ -86,7 +86,6 @@ def test_the_figures_of_all_three(request_of: Callable[..., start.Request]) -> N
     assert comparison.sentences(found) == [
         "The held-out loss of the distilled student is 0.7500 nats below that of plain training, which is 75% of the "
         "way to the teacher.",
-        "It keeps 95.0% of the teacher's accuracy (without it 75.0%).",
     ]
     assert not comparison.is_done(request)
     comparison.write(request.root, found)
@@ -94,15 +93,28 @@ def test_the_figures_of_all_three(request_of: Callable[..., start.Request]) -> N
     assert json.loads(RunFiles(request.root).comparison.read_text())["entries"][1]["held_out_loss"] == 2.25
     lines = (request.root / "comparison.md").read_text().splitlines()
     assert lines[2:7] == [
-        "|  | parameters | of the teacher's | held-out loss | perplexity | accuracy | tokens | minutes |",
+        "|  | parameters | size | held-out | perplexity | accuracy | tokens | minutes |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| teacher | 4,000,000 | – | 2.0000 | 7.39 | 80.00% | – | – |",
-        "| student, distilled | 1,000,000 | 25% | 2.2500 | 9.49 | 76.00% | 5,120 | 2.0 |",
-        "| student, plain | 1,000,000 | 25% | 3.0000 | 20.09 | 60.00% | 5,120 | 2.0 |",
+        "| teacher | 4.0 M | – | 2.0000 | 7.39 | 80.00% | – | – |",
+        "| distilled | 1.0 M | 25% | 2.2500 | 9.49 | 76.00% | 5.1 k | 2.0 |",
+        "| plain | 1.0 M | 25% | 3.0000 | 20.09 | 60.00% | 5.1 k | 2.0 |",
     ]
-    console = Console(width=120, record=True)
-    console.print(comparison.table(found))
-    assert "student, distilled   1,000,000" in console.export_text()
+    classified = Comparison(found.entries, "classification")
+    assert comparison.sentences(classified)[1] == ("It keeps 95.0% of the teacher's accuracy (without it 75.0%).")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_a_terminal(width: int) -> None:
+    large = [
+        Entry(name, None, 134_515_008, 12.3456, 0.5, 10_000_000_000, 12345.6)
+        for name in ("teacher", "distilled", "plain")
+    ]
+    console = Console(width=width, record=True)
+    with console.capture() as shown:
+        console.print(comparison.table(Comparison(tuple(large), "causal")))
+    assert "…" not in shown.get()
+    assert "134.5 M" in shown.get()
+    assert "10.0 B" in shown.get()
 
 
 def entries(distilled: float | None, plain: float | None, teacher: float | None = None) -> Comparison:
@@ -132,7 +144,7 @@ def test_what_is_not_known_is_a_dash_and_what_is_not_finite_is_no_number(tmp_pat
     assert comparison.sentences(found) == []
     comparison.write(tmp_path, found)
     assert json.loads((tmp_path / "comparison.json").read_text())["entries"][0]["held_out_loss"] is None
-    assert "| student, plain | – | – | – | – | – | – |" in (tmp_path / "comparison.md").read_text()
+    assert "| plain | – | – | – | – | – | – |" in (tmp_path / "comparison.md").read_text()
     huge = Comparison((Entry("distilled", None, None, 1e6, None, None, None), *entries(1.0, 2.0).entries[1:]), "causal")
     comparison.write(tmp_path, huge)
     assert "| 1000000.0000 | inf |" in (tmp_path / "comparison.md").read_text()
