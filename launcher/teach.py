@@ -35,10 +35,9 @@ def teach(request: start.Request, splits: Sequence[str], sharded: bool, say: sta
     Raises:
         ConfigError, LaunchError: it cannot be started as asked.
     """
-    config = request.config
+    # as the ranks will have it: the cache that the run reads need not be there yet
+    config = writing(request.config, sharded=sharded)
     root = folder_of(config)
-    # before anything is prepared, though the ranks come to it by themselves
-    writing(config, sharded=sharded)
     if unknown := [split for split in splits if split not in SPLITS]:
         raise LaunchError(f"--split takes {' or '.join(SPLITS)}, not {unknown[0]!r}")
     if config.cluster.nodes > 1:

@@ -193,7 +193,7 @@ def test_the_bytes_are_the_same_however_many_ranks_and_interruptions(
             assert [taught for taught, _ in results] == [None] * pool.size
             counts.append(len(list(parts.rglob("*.bin"))))
         assert 0 < counts[0] < counts[1] <= counts[2]
-        with pytest.raises(DataError, match="is not complete: `trimtab teach`"):
+        with pytest.raises(DataError, match="is not complete on this machine: `trimtab teach`"):
             open_knowledge(setting_of(config, 0, 1, place.prepared.path))
         left = next(parts.rglob("*.bin"))
         left.with_name(f"{left.name}.host-1").write_bytes(b"of a process that was killed")

@@ -1,5 +1,7 @@
-"""Which cache of a teacher's knowledge belongs to a run: fingerprints of teacher, tokenizer and data. Imports torch only
-where ranks need it: a missing cache is refused before there are any."""
+"""Which cache of a teacher's knowledge belongs to a run: fingerprints of teacher, tokenizer and data.
+
+Imports torch only where ranks need it: a missing cache is refused before there are any.
+"""
 
 from __future__ import annotations
 

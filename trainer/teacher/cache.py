@@ -19,7 +19,7 @@ from trainer.knowledge import TEACHER_IDS, TEACHER_LOG_PROBABILITIES, Knowledge,
 from trainer.records import IntArray
 from trainer.teacher.blocks import Block, DamagedBlockError, Tally, look_at, path_of, seed_of, write_block
 from trainer.teacher.forms import Floats
-from trainer.teacher.header import COMPLETE, Header, Wanted, find, why_none, write_header
+from trainer.teacher.header import COMPLETE, Header, Wanted, find, require_complete, why_none, write_header
 
 _OPEN_BLOCKS = 4096
 """Files mapped at once: the kernel allows a process about 65,000."""
@@ -105,10 +105,7 @@ class CacheReader:
         """
         self.folder, self.header = folder, header
         self._form, self._grid = header.form, header.grid
-        if not (folder / COMPLETE).exists():
-            raise DataError(
-                f"{folder} is not complete: `trimtab teach` with this config goes on with it, and mends what is damaged"
-            )
+        require_complete(folder)
         self._block = lru_cache(_OPEN_BLOCKS)(self._open)
 
     def _open(self, number: int) -> Block:

@@ -197,3 +197,15 @@ def why_none(folder: Path, wanted: Wanted) -> str:
         return f"{folder} holds no knowledge of a teacher: {remedy}"
     _, path, found = min(near)
     return f"{folder} holds no knowledge for this run: {path.name} {' and '.join(found)}; {remedy}"
+
+
+def require_complete(folder: Path) -> None:
+    """
+    Raises:
+        DataError: blocks of this cache are missing, or it is not visible on this machine.
+    """
+    if not (folder / COMPLETE).exists():
+        raise DataError(
+            f"{folder} is not complete on this machine: `trimtab teach` with this config goes on with it, and mends "
+            "what is damaged; several machines need it on a shared file system"
+        )

@@ -146,7 +146,7 @@ def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(tmp_path: Pat
     partial.write_bytes(b"half")
     missing = [block for block in range(header.grid.blocks) if writer.look_at(block) is None]
     assert missing == [*range(10), *range(40, header.grid.blocks)]
-    with pytest.raises(DataError, match="is not complete: `trimtab teach`"):
+    with pytest.raises(DataError, match="is not complete on this machine: `trimtab teach`"):
         open_cache(other, WANTED)
     write(other, header, reversed(missing)).finish()
     assert bytes_of(other) == bytes_of(folder)

@@ -70,8 +70,14 @@ def test_a_teacher_that_cannot_be_read(tmp_path: Path, memory: Path, monkeypatch
         of(folder_with(tmp_path / "a", config__json=b"{}"), memory)
     with pytest.raises(DataError, match=r"model\.safetensors|config\.json.*leave it out"):
         of(folder_with(tmp_path / "b", model__safetensors=b"w"), memory)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DataError, match=r"nobody/nothing-of-this-name cannot be read: .*leave it out"):
+
+    def unknown(_: TeacherConfig) -> str:
+        raise OSError("it is not in the cache\nand more")
+
+    monkeypatch.setattr("trainer.stages.caching._revision_of", unknown)
+    with pytest.raises(
+        DataError, match=r"nobody/nothing-of-this-name cannot be read: it is not in the cache; .*leave it out"
+    ):
         fingerprint_of(TeacherConfig(pretrained="nobody/nothing-of-this-name"), memory)
 
 
