@@ -7,7 +7,7 @@ from torch import Tensor
 
 def uld_(p: Tensor, q: Tensor, out: Tensor, *, gradient: bool) -> Tensor:
     """Σ |q₍ᵢ₎ − p₍ᵢ₎| of the probabilities in falling order, the shorter filled up with zeros (Boizard et al., 2024,
-    https://arxiv.org/abs/2402.12030, eq. 7).
+    https://arxiv.org/abs/2402.12030).
 
     Args:
         p: [n, V'], of the teacher.

@@ -446,7 +446,9 @@ def test_real_tokens_only_count_in_the_divergence(vocabulary):
     options = options_of("js")
     x, y = logits_of(one.hidden, one.head), logits_of(one.teacher.hidden, one.teacher.head)
     expected = dense(x, y, one.labels, options, common=vocabulary)
-    found = learned(one, options, vocabulary=vocabulary)
+    with Allocations() as made:
+        found = learned(one, options, vocabulary=vocabulary)
+    assert not any(shape[1:] == (VOCABULARY + 5,) for shape in made.shapes)
     torch.testing.assert_close(found.total, expected.total)
     reference = torch.autograd.grad(expected.total * 3, one.parameters())
     for ours, theirs in zip(gradients(found.total, one), reference, strict=True):
