@@ -137,6 +137,9 @@ def test_a_stage_that_fails_ends_it_with_its_exit_code_and_is_gone_on_with(machi
     states = {run.name: run.state for run in statuses(machine.root)}
     assert states == {"a": "finished", "c": "cancelled", "d": "prepared"}
 
+    machine.endings["b/seed=1"] = "stopped"
+    assert machine.run(path) == 75
+    assert machine.outcome("c") is None, "it is to come again"
     machine.endings.clear()
     assert machine.run(path) == 0
     assert machine.trained == ["b/seed=1", "c", "d"]
@@ -213,4 +216,20 @@ def test_what_cannot_run_here_is_said_before_the_first_stage(machine: Machine) -
         machine.run(machine.write({"name": "a"}, {"name": "b", "set": ["optim.lr=0.5"]}))
     with locked(machine.root), pytest.raises(RunDirectoryError, match="is being run by process"):
         machine.run(machine.write({"name": "a"}, {"name": "b"}))
+    assert machine.trained == []
+
+
+def test_a_stage_is_complete_with_its_comparison(machine: Machine) -> None:
+    distill = {"teacher": {"pretrained": "gpt2"}, "compare": True}
+    taught = small_config(machine.folder, stage="distill", distill=distill)
+    (machine.folder / "taught.yaml").write_text(json.dumps(taught))
+    path = machine.write({"name": "a"}, {"name": "b", "config": "taught.yaml", "teacher": "a"}, {"name": "c"})
+    machine.endings["b-plain"] = "stopped"
+    assert machine.run(path) == 75
+    assert machine.trained == ["a", "b", "b-plain"]
+    machine.endings.clear()
+    assert machine.run(path) == 0
+    assert machine.trained == ["b-plain", "c"]
+    assert RunFiles(machine.root / "b").comparison.is_file()
+    assert machine.run(path) == 0
     assert machine.trained == []

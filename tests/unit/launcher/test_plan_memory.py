@@ -200,6 +200,11 @@ def test_a_teacher_adds_what_it_takes(stage, device):
     assert (without.teacher, beside.teacher) == (0, own.resident + own.passing)
     assert own.resident <= beside.peak - without.peak <= beside.teacher
     assert own.resident <= beside.needed - without.needed <= beside.teacher
+    # where the backward pass is the fullest moment, all of it is there
+    large = config_with(micro=16, length=8192, **taught("zero3"))
+    without, beside = (rank_memory(facts_with(), large, 4, device, "bf16", stage, who) for who in (None, TEACHER))
+    assert without.moment == beside.moment == "backward"
+    assert beside.peak - without.peak == beside.teacher
 
 
 def test_a_batch_that_does_not_divide_is_refused():
