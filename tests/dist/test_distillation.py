@@ -40,6 +40,8 @@ KINDS = ("forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl",
 class Place:
     root: Path
     teacher: Path
+    foreign: Path
+    """A teacher with another tokenizer."""
 
 
 def make_config(place: Place, *, stage: int = 2, boundaries: str = "positions", **distill: Any) -> RunConfig:
@@ -76,35 +78,27 @@ def make_config(place: Place, *, stage: int = 2, boundaries: str = "positions", 
     return RunConfig.model_validate(options)
 
 
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Text, its tokenizer, and a teacher that has learned nothing: its predictions are as good as any."""
+def save_teacher(folder: Path, size: int, end: str = "<end>") -> None:
+    """A model that has learned nothing, and a tokenizer of so many tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    root = tmp_path_factory.mktemp("distil")
-    (root / "texts").mkdir()
-    for index in range(60):
-        lines = random.Random(index).choices(SENTENCES, k=12)
-        (root / "texts" / f"{index:02d}.txt").write_text("\n".join(lines))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<end>"],
+        vocab_size=size,
+        special_tokens=[end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
-    while tokenizer.get_vocab_size() < VOCABULARY:
-        tokenizer.add_tokens([f"<unused {tokenizer.get_vocab_size()}>"])
-    teacher = root / "teacher"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(teacher)
-    torch.manual_seed(0)
+    assert tokenizer.get_vocab_size() == size
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
+    torch.manual_seed(size)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=size,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -116,8 +110,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
             eos_token_id=0,
             pad_token_id=None,
         )
-    ).save_pretrained(teacher)
-    made = Place(root, teacher)
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Text, its tokenizer, and a teacher that has learned nothing: its predictions are as good as any."""
+    root = tmp_path_factory.mktemp("distil")
+    (root / "texts").mkdir()
+    for index in range(60):
+        lines = random.Random(index).choices(SENTENCES, k=12)
+        (root / "texts" / f"{index:02d}.txt").write_text("\n".join(lines))
+    save_teacher(root / "teacher", VOCABULARY)
+    save_teacher(root / "foreign", 320, "<stop>")
+    made = Place(root, root / "teacher", root / "foreign")
     for name, boundaries in (("run", "positions"), ("block", "block")):
         files = RunFiles(root / name)
         files.root.mkdir()
@@ -162,9 +168,7 @@ def first_look(rank: int, world_size: int, config: RunConfig, place: Place, name
 
     training.telemetry.close(Outcome("completed", 0, "", 0, 0, None))
     release(training.engine)
-    keys = ("input_ids", "labels", "position_ids", "attention_mask")
-    arrays = [{key: micro[key] for key in keys if key in micro} for micro in batch.micro_batches]
-    return stats, names, arrays, norms, probe, samples
+    return stats, names, list(batch.micro_batches), norms, probe, samples
 
 
 def _rest(setting: Setting) -> tuple[Any, ...]:
@@ -186,8 +190,9 @@ def dense(place: Place, config: RunConfig, arrays: list[dict[str, np.ndarray]]) 
     names = ["cross-entropy", "distillation"]
     sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
     targets = 0
+    keys = ("input_ids", "labels", "position_ids", "attention_mask")
     for micro in arrays:
-        tensors = {name: torch.from_numpy(array) for name, array in micro.items()}
+        tensors = {name: torch.from_numpy(micro[name]) for name in keys if name in micro}
         labels = tensors.pop("labels")
         valid = labels >= 0
         with torch.no_grad():
@@ -285,6 +290,39 @@ def test_loss_and_gradient_equal_a_dense_reference(
         assert norms == {name: pytest.approx(norm, rel=2e-4) for name, norm in expected["parts"].items()}
         assert probe == stats.loss
         assert np.mean(samples) == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize(("stage", "where"), [(2, "zero3"), (3, "replica")])
+def test_a_teacher_with_another_tokenizer_is_compared_where_both_have_read_the_same(
+    two_ranks: RankPool, place: Place, stage: int, where: str
+) -> None:
+    """Σ of the distances of sorted probabilities, from whole logits."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = {"pretrained": str(place.foreign), "place": where}
+    config = make_config(place, stage=stage, boundaries="block", vocabulary="uld", teacher=teacher)
+    results = two_ranks(first_look, config=config, place=place, name=f"foreign-{stage}")
+    theirs = AutoModelForCausalLM.from_pretrained(place.foreign, dtype=torch.float64)
+    ours = AutoModelForCausalLM.from_pretrained(place.teacher, dtype=torch.float64)
+    ours.model.layers = torch.nn.ModuleList([ours.model.layers[0], ours.model.layers[2]])
+    for index, layer in enumerate(ours.model.layers):
+        layer.self_attn.layer_idx = index
+    total, compared = 0.0, 0
+    for micro in (micro for result in results for micro in result[2]):
+        tensors = {name: torch.from_numpy(array) for name, array in micro.items()}
+        with torch.no_grad():
+            q = ours(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False).logits
+            ids, positions = tensors["teacher_input_ids"], tensors["teacher_position_ids"]
+            p = theirs(input_ids=ids, position_ids=positions, use_cache=False).logits
+        for row, column in (tensors["teacher_place"] >= 0).nonzero().tolist():
+            there = p[row, tensors["teacher_place"][row, column]].softmax(-1).sort(descending=True).values
+            here = q[row, column].softmax(-1).sort(descending=True).values
+            here = F.pad(here, (0, len(there) - len(here)))
+            total += (there - here).abs().sum().item()
+            compared += 1
+    for stats, _, _, _, _, _ in results:
+        assert stats.num_targets / 3 < compared < stats.num_targets
+        assert stats.parts["distillation"] == pytest.approx(total / stats.num_targets, rel=1e-5)
 
 
 def runs(rank: int, world_size: int, config: RunConfig, place: Place, sentences: list[list[str]], name: str) -> Any:
