@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pool import RankPool
+from serving import Serving
 from torch import Tensor
 
 from trainer.config.files import RunFiles
@@ -290,6 +291,31 @@ def test_loss_and_gradient_equal_a_dense_reference(
         assert norms == {name: pytest.approx(norm, rel=2e-4) for name, norm in expected["parts"].items()}
         assert probe == stats.loss
         assert np.mean(samples) == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("on_policy", [None, {"fraction": 1.0, "tokens": 5}])
+def test_a_server_that_tells_of_every_token_teaches_as_the_model_itself(
+    two_ranks: RankPool, place: Place, on_policy: dict[str, Any] | None
+) -> None:
+    """Of the student's own text it is asked while the ranks compute."""
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = Tokenizer.from_file(str(place.teacher / "tokenizer.json"))
+    options: dict[str, Any] = {"stage": 3, "boundaries": "join", "on_policy": on_policy}
+    with Serving(AutoModelForCausalLM.from_pretrained(place.teacher), tokenizer, max_logprobs=VOCABULARY) as serving:
+        server = {"url": serving.url, "model": serving.name, "top": VOCABULARY}
+        config = make_config(place, **options, teacher={"place": "server", "pretrained": None, "server": server})
+        served = two_ranks(first_look, config=config, place=place, name="served")
+    asked = serving.num_requests
+    present = two_ranks(first_look, config=make_config(place, **options), place=place, name="present")
+    assert asked > 0
+    for (stats, *_), (expected, *_) in zip(served, present, strict=True):
+        assert stats.loss == expected.loss
+        assert stats.parts["distillation"] == pytest.approx(expected.parts["distillation"], rel=1e-4)
+        assert stats.parameter_norms == pytest.approx(expected.parameter_norms, rel=1e-3)
+        for name in ("teacher_entropy", "agreement", "covered"):
+            assert stats.measures[name] == pytest.approx(expected.measures[name], rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "where"), [(2, "zero3"), (3, "replica")])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(
-    r"(?<![\w/.])((?:data|model|objective|batch|optim|schedule|zero|cluster|telemetry|guard|checkpoint|supervision|snapshots|evaluation)(?:\.\w+)+)="
+    r"(?<![\w/.])((?:data|model|objective|batch|optim|schedule|zero|cluster|telemetry|guard|checkpoint|supervision|snapshots|evaluation|distill)(?:\.\w+)+)="
 )
 
 
