@@ -119,6 +119,15 @@ def _tokenizer(config: RunConfig) -> Iterator[Problem]:
         yield "data.tokenizer", "has `path` and `train`; give one of them"
     if tokenizer.train is None and tokenizer_reference(config) is None:
         yield "data.tokenizer", "give `path` or `train`: a model from scratch brings no tokenizer"
+    if tokenizer.keep == "all":
+        return
+    kind, path = config.objective.kind, "data.tokenizer.keep"
+    if kind != "classification":
+        yield path, f"`used` is for classifiers, but objective.kind is {kind}; use `all`"
+    if tokenizer.train is not None:
+        yield path, "`used` is for tokenizers that exist, and `train` makes one; use `all`"
+    if config.model.pretrained is not None and config.model.pretrained.endswith(".gguf"):
+        yield path, "`used` cannot take rows of embeddings from a .gguf file; use `all`, or another form of the model"
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

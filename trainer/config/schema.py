@@ -82,6 +82,9 @@ class TokenizerConfig(Section):
     """Directory, `tokenizer.json` or hub id."""
     train: TrainTokenizerConfig | None = None
     """Train one here."""
+    keep: Literal["all", "used"] = "all"
+    """`used`: of a WordPiece tokenizer, and of the embeddings of a pretrained model, only the tokens of the training
+    data, special tokens and single characters stay. For small classifiers."""
 
 
 class DataConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,12 +25,14 @@ from trainer.data.corpus import Document, Source
 from trainer.data.duplicates import NearDuplicates
 from trainer.data.pool import Pool
 from trainer.data.tokenize import Choice, EncodeTask, Vocabulary
+from trainer.data.trim import require_word_pieces, trim
 from trainer.errors import DataError
 from trainer.records import IntArray
 
 FORMAT = 1
 """Raise it when the same input gives other files."""
 SPLITS = ("train", "held_out")
+KEPT = "kept.npy"
 Progress = Callable[[str, int, int | None], None]
 """(stage, documents done, documents in all where that is known)"""
 
@@ -104,6 +107,7 @@ def build(
 
     Raises:
         DataError: a document cannot be read, none is left, or the classes of the documents cannot be learned.
+        ConfigError: `data.tokenizer.keep` does not fit the tokenizer.
     """
     labelled = are_labelled(sources)
     for split in SPLITS:
@@ -111,26 +115,39 @@ def build(
     workers = config.workers or len(os.sched_getaffinity(0))
     worthwhile = sum(source.num_bytes for source in sources) // _BYTES_WORTH_A_WORKER
     with Pool(max(1, min(workers, worthwhile))) as pool:
+        known: dict[str, Any] = {}
+        whole = folder / "whole" if config.tokenizer.keep == "used" else None
+        if whole is not None:
+            vocabulary = tokenize.save(choice, whole, iter(()), 0, labelled=labelled)
+            require_word_pieces(whole)
         met = Met()
         parts, tallies = _clean(folder, config, sources, met, pool, progress)
         _refuse_empty(parts, tallies)
         classes, numbers = settle(met.names, *_by_class(parts, len(met.names))) if labelled else ((), None)
         training = [part for part in parts if part.split == "train"]
         progress("tokenizer", 0, None)
-        vocabulary = tokenize.save(
-            choice,
-            folder / "tokenizer",
-            (text for part in training for text in part.texts()),
-            sum(part.characters for part in training),
-            labelled=labelled,
-        )
-        arrays, counts = _tokenise(folder, parts, vocabulary, numbers, pool, progress)
+        if whole is None:
+            vocabulary = tokenize.save(
+                choice,
+                folder / "tokenizer",
+                (text for part in training for text in part.texts()),
+                sum(part.characters for part in training),
+                labelled=labelled,
+            )
+        else:
+            counts = _count(training, whole, vocabulary, pool)
+            kept = trim(whole, folder / "tokenizer", counts, vocabulary.special_ids)
+            np.save(folder / KEPT, kept)
+            shutil.rmtree(whole)
+            known["kept"] = {"of": vocabulary.size, "digest": xxhash.xxh3_128_hexdigest(kept.tobytes())}
+            vocabulary = tokenize.saved_vocabulary(choice, folder / "tokenizer", labelled=labelled)
+        arrays, occurrences = _tokenise(folder, parts, vocabulary, numbers, pool, progress)
     backend = (folder / "tokenizer" / "tokenizer.json").read_bytes()
     content = [FORMAT, vocabulary.eos_id, xxhash.xxh3_128_hexdigest(backend)]
     content += [[entry["source"], entry["split"], entry["digest"]] for entry in arrays]
-    known: dict[str, Any] = {}
     if vocabulary.frame is not None:
-        known = {"classes": classes, "frame": asdict(vocabulary.frame)}
+        known |= {"classes": classes, "frame": asdict(vocabulary.frame)}
+    if known:
         content.append(known)
     manifest = {
         "format": FORMAT,
@@ -158,7 +175,7 @@ def build(
         },
         "dtype": vocabulary.dtype.name,
         "arrays": arrays,
-        "unigram_entropy": None if labelled else unigram_entropy(counts["train"], counts["held_out"]),
+        "unigram_entropy": None if labelled else unigram_entropy(occurrences["train"], occurrences["held_out"]),
         **known,
     }
     if numbers is not None:
@@ -330,6 +347,15 @@ def _tokenise(
             entry["classes"] = _renumbered(part.count(len(numbers)), numbers).tolist()
         arrays.append({**entry, "digest": digest.hexdigest()})
     return arrays, counts
+
+
+def _count(parts: Sequence[Part], tokenizer: Path, vocabulary: Vocabulary, pool: Pool) -> IntArray:
+    """How often each token occurs, [vocabulary]."""
+    counts = np.zeros(vocabulary.size, dtype=np.int64)
+    for part in parts:
+        for tokens, _ in pool.map(tokenize.encode, _tasks(part, tokenizer / "tokenizer.json", vocabulary)):
+            counts += np.bincount(tokens, minlength=vocabulary.size)
+    return counts
 
 
 def _tasks(part: Part, tokenizer: Path, vocabulary: Vocabulary) -> Iterator[EncodeTask]:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -59,6 +59,7 @@ def prepare(
 
     Raises:
         DataError: a source cannot be read, nothing is left of it, or the disk is full.
+        ConfigError: `data.tokenizer.keep` does not fit the tokenizer.
         WorkerDiedError: a worker process was killed.
     """
     progress = progress or _no_progress
@@ -94,6 +95,9 @@ def _plan(config: DataConfig, base: Path, tokenizer_fallback: str | None, trust_
     sources = corpus.resolve(config.sources, base)
     files = [_files(source, hashes) for source in sources]
     choice = tokenize.choose(config.tokenizer, tokenizer_fallback, base, trust_remote_code, hashes)
+    # absent where it says nothing, as below
+    keep = config.tokenizer.model_dump(include={"keep"}, exclude_defaults=True)
+    choice = replace(choice, identity=choice.identity | keep)
     if root.is_dir():
         hashes.save()
     what_matters = {

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.data import tokenize
-from trainer.data.build import FORMAT
+from trainer.data.build import FORMAT, KEPT
 from trainer.data.labelled import LabelledSamples
 from trainer.data.samples import Boundaries, Samples, SourceTokens
 from trainer.data.tokenize import Frame, Vocabulary
 from trainer.errors import DataError
-from trainer.records import Classes
+from trainer.records import Classes, IntArray
 
 Split = Literal["train", "held_out"]
 
@@ -51,8 +51,9 @@ class Prepared:
         if manifest.get("format") != FORMAT:
             raise DataError(f"{path} was prepared by another version of Trimtab: delete it, and it is prepared again")
         prepared = cls(path, manifest, weights)
-        for entry in manifest["arrays"]:
-            for file, size in prepared._expected_sizes(entry):
+        tables = [(path / KEPT, prepared.vocabulary * 8)] if "kept" in manifest else []
+        for sizes in (tables, *map(prepared._expected_sizes, manifest["arrays"])):
+            for file, size in sizes:
                 if not file.is_file() or file.stat().st_size < size:
                     raise DataError(f"{file} is missing or damaged: delete {path}, and it is prepared again")
         return prepared
@@ -88,6 +89,11 @@ class Prepared:
     def vocabulary(self) -> int:
         """Largest token id + 1."""
         return self._vocabulary.size
+
+    @property
+    def kept(self) -> IntArray | None:
+        """The id that each token has in the whole tokenizer, ascending, [vocabulary]; None: this is the whole one."""
+        return np.load(self.path / KEPT) if "kept" in self._manifest else None
 
     @property
     def eos_id(self) -> int:
@@ -146,6 +152,8 @@ class Prepared:
             "unigram_entropy": self.unigram_entropy,
             "sources": sources,
         }
+        if "kept" in self._manifest:
+            result["vocabulary_before"] = self._manifest["kept"]["of"]
         if self._frame:
             result |= {name: self._manifest[name] for name in ("classes", "class_entropy")}
             result["padding"] = tokenize.decoder(self.tokenizer_path).id_to_token(self._frame.pad_id)

@@ -16,7 +16,8 @@ def table(report: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    caption = f"vocabulary {report['vocabulary']:,} · {_known(report)}"
+    before = f" of {report['vocabulary_before']:,}" if "vocabulary_before" in report else ""
+    caption = f"vocabulary {report['vocabulary']:,}{before} · {_known(report)}"
     result = Table(box=None, caption=caption, caption_justify="left")
     result.add_column("source", no_wrap=True, min_width=34)
     for name in ("documents", "characters", "train\ntokens", "held-out\ntokens"):

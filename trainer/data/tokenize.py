@@ -148,7 +148,7 @@ def save(
         tokenizer = _load(choice.location, choice.trust_remote_code)
     else:
         tokenizer = _train(choice.train, texts, num_characters)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    end = _end(tokenizer)
     if end is None:
         raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
     if labelled:
@@ -163,6 +163,23 @@ def save(
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
+    return _vocabulary(tokenizer, end, folder, labelled)
+
+
+def saved_vocabulary(choice: Choice, folder: Path, *, labelled: bool) -> Vocabulary:
+    """That of the tokenizer in `folder`, which began as what :func:`save` wrote."""
+    tokenizer = _load(folder, choice.trust_remote_code)
+    end = _end(tokenizer)
+    assert end is not None
+    return _vocabulary(tokenizer, end, folder, labelled)
+
+
+def _end(tokenizer: Any) -> int | None:
+    end: int | None = tokenizer.eos_token_id
+    return end if end is not None else tokenizer.sep_token_id
+
+
+def _vocabulary(tokenizer: Any, end: int, folder: Path, labelled: bool) -> Vocabulary:
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     special = tuple(sorted(set(tokenizer.all_special_ids)))
     unknown = tokenizer.unk_token_id

@@ -163,6 +163,25 @@ NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
             "data.sources",
             "none is trained on: `use` is held_out everywhere",
         ),
+        (
+            {"data__tokenizer": {"path": "/words", "keep": "used"}},
+            "data.tokenizer.keep",
+            "`used` is for classifiers, but objective.kind is causal; use `all`",
+        ),
+        (
+            {"data__tokenizer__keep": "used", "objective__kind": "classification"},
+            "data.tokenizer.keep",
+            "`used` is for tokenizers that exist, and `train` makes one; use `all`",
+        ),
+        (
+            {
+                "data": {"sources": CLASSIFIED["sources"], "tokenizer": {"keep": "used"}},
+                "objective__kind": "classification",
+                "model": {"pretrained": "/models/m.gguf"},
+            },
+            "data.tokenizer.keep",
+            "`used` cannot take rows of embeddings from a .gguf file; use `all`, or another form of the model",
+        ),
     ],
 )
 def test_each_contradiction_is_one_sentence_at_its_path(changes, path, sentence):
