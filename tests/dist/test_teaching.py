@@ -219,6 +219,9 @@ def test_only_what_is_damaged_is_written_again(two_ranks: RankPool, place: Place
     sample = taught.header.grid.within(3)[1]
     with pytest.raises(DataError, match=rf"{path.name}, with sample {sample}: .*`trimtab teach`"):
         reader.annotate(np.array([sample]), {})
+    # while it is being mended, nobody takes it for complete
+    assert two_ranks(teach, **arguments, stop_after=0)[0][0] is None
+    assert not list((place.root / "damaged").rglob("complete"))
     results = two_ranks(teach, **arguments)
     assert results[0][0].new_tokens == len(taught.header.grid.within(3)) * 16
     assert files_in(place.root / "damaged") == before

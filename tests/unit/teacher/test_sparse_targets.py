@@ -84,6 +84,15 @@ def test_impossible_tokens_are_none():
     assert entries_of(LogitTargets(logits), form("sampled", 20), np.arange(1), 0, 4).ids.unique().tolist() == [-1, 3, 7]
 
 
+def test_the_smallest_number_draws_no_impossible_token(monkeypatch):
+    monkeypatch.setattr("trainer.teacher.sparse._uniform", lambda draws, where, seed: np.zeros((LENGTH, draws)))
+    logits = torch.zeros(1, LENGTH, VOCABULARY)
+    logits[..., :4] = -torch.inf
+    found = entries_of(LogitTargets(logits), form("sampled", 3), np.arange(1), 0, 100)
+    assert found.ids[:, 0].tolist() == [4] * LENGTH
+    assert found.values[:, 0].tolist() == [3] * LENGTH
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_predictions_that_are_not_finite_are_refused(value):
     logits = logits_of(3)
