@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable
@@ -23,13 +24,15 @@ from trainer.model.configuration import (
     first_line,
     has_another_head,
     model_configuration,
+    pretrained_configuration,
     pretrained_reference,
 )
 from trainer.model.initialise import initialise
 from trainer.model.layers import check_places, kept_layers, layers_path, renaming
 from trainer.model.projections import attach_projections
 from trainer.model.tensors import read_tensors
-from trainer.records import Classes
+from trainer.model.vocabulary import rows_of, token_dimensions
+from trainer.records import Classes, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def build_model(
     zero3: dict[str, Any] | None,
     dtype: torch.dtype,
     classes: Classes | None = None,
+    kept: IntArray | None = None,
 ) -> PreTrainedModel:
     """The model of `config` in training mode, every parameter of type `dtype`.
 
@@ -52,18 +56,19 @@ def build_model(
         zero3: the DeepSpeed configuration when parameters are sharded (stage 3): every rank then holds its shard only,
             and all ranks must call this together. None: the whole model, on the CPU.
         classes: of a classifier. A pretrained head for another number of them is drawn anew.
+        kept: ids in the pretrained model of the tokens that this one is to know, ascending, [vocabulary]; None: all.
 
     Raises:
         ConfigError: what is asked for does not exist, does not fit the data, or is not installed.
     """
-    model_config = model_configuration(config, vocabulary, classes)
+    model_config = model_configuration(config, vocabulary, classes, kept)
     check_positions(config, model_config)
     if config.model.pretrained is None:
         model = _from_scratch(config, model_config, zero3, dtype)
     elif zero3 is not None and config.model.pretrained.endswith(".gguf"):
         model = _from_gguf_sharded(config, model_config, zero3, dtype)
     else:
-        model = _from_pretrained(config, model_config, zero3, dtype)
+        model = _from_pretrained(config, model_config, zero3, dtype, kept)
     attach_projections(model, config, zero3=zero3, dtype=dtype)
     _adapt_positions(model, config)
     if config.model.activation_checkpointing:
@@ -76,13 +81,15 @@ def build_model(
     return model
 
 
-def meta_model(config: RunConfig, vocabulary: int | None, classes: Classes | None = None) -> PreTrainedModel:
+def meta_model(
+    config: RunConfig, vocabulary: int | None, classes: Classes | None = None, kept: IntArray | None = None
+) -> PreTrainedModel:
     """The model without memory: every parameter has a shape and no values. Reads no weights.
 
     Raises:
         ConfigError: as :func:`build_model`.
     """
-    model_config = model_configuration(config, vocabulary, classes)
+    model_config = model_configuration(config, vocabulary, classes, kept)
     check_positions(config, model_config)
     with torch.device("meta"):
         try:
@@ -95,7 +102,7 @@ def meta_model(config: RunConfig, vocabulary: int | None, classes: Classes | Non
             config = _with_options(config, attention="auto")
             model = _instantiate(config, model_config, torch.float32)
     if config.model.layers is not None:
-        _renaming_of_kept(config, model)
+        _renaming_of_kept(config, model, kept)
     attach_projections(model, config, dtype=torch.float32)
     return model
 
@@ -197,15 +204,19 @@ def _from_gguf_sharded(
 
 
 def _from_pretrained(
-    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    zero3: dict[str, Any] | None,
+    dtype: torch.dtype,
+    kept: IntArray | None = None,
 ) -> PreTrainedModel:
     name, arguments = pretrained_reference(config.model)
     if "gguf_file" in arguments:
         # where a kernel for packed weights is installed, they would stay packed, which cannot be trained
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     load: Callable[..., Any] = partial(auto_class(config).from_pretrained, name, **arguments)
-    if config.model.layers is not None or has_another_head(config, model_config):
-        load = _from_some(config, model_config, zero3, dtype)
+    if config.model.layers is not None or has_another_head(config, model_config) or kept is not None:
+        load = _from_some(config, model_config, zero3, dtype, kept)
     # transformers shards while loading as long as this object lives
     keeps_sharded = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
@@ -236,18 +247,22 @@ def _from_pretrained(
 
 
 def _from_some(
-    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    zero3: dict[str, Any] | None,
+    dtype: torch.dtype,
+    kept: IntArray | None,
 ) -> Callable[..., Any]:
-    """`from_pretrained` with the kept layers of the checkpoint, and without a head for other classes. Of the others
-    nothing is read; but transformers reads a .gguf file only whole."""
+    """`from_pretrained` with the kept layers and tokens of the checkpoint, and without a head for other classes. Of the
+    others nothing is read; but transformers reads a .gguf file only whole."""
     with torch.device("meta"):
         small = _instantiate(config, model_config, dtype)
-    rename = _renaming_of_kept(config, small)
+    rename = _renaming_of_kept(config, small, kept)
     if has_another_head(config, model_config):
         rename = _body_only(rename, f"{small.base_model_prefix}.")
     name, arguments = pretrained_reference(config.model)
     if "gguf_file" in arguments:
-        source = _from_pretrained(*_whole(config, model_config), None, dtype)
+        source = _from_pretrained(*_whole(config, model_config, None), None, dtype)
         tensors = {new: each for name, each in source.state_dict().items() if (new := rename(name)) is not None}
     else:
         # transformers deals out the values that the first rank has
@@ -256,10 +271,22 @@ def _from_some(
             tensors = read_tensors(name, rename, with_values=has_values)
         except OSError as error:
             raise ConfigError([("model", f"{name} cannot be loaded: {first_line(error)}")]) from error
+    if kept is not None:
+        dimensions = _token_dimensions(config, model_config, small)
+        tensors = rows_of(tensors, dimensions, kept, f"{small.base_model_prefix}.")
     return partial(type(small).from_pretrained, None, state_dict=tensors)
 
 
-def _renaming_of_kept(config: RunConfig, model: PreTrainedModel) -> Callable[[str], str | None]:
+def _token_dimensions(config: RunConfig, model_config: PreTrainedConfig, small: PreTrainedModel) -> dict[str, int]:
+    knows_all = copy.deepcopy(model_config)
+    knows_all.get_text_config().vocab_size = pretrained_configuration(config.model).get_text_config().vocab_size
+    with torch.device("meta"):
+        return token_dimensions(_instantiate(config, knows_all, torch.float32), small)
+
+
+def _renaming_of_kept(
+    config: RunConfig, model: PreTrainedModel, tokens: IntArray | None
+) -> Callable[[str], str | None]:
     """Names in the checkpoint → names in `model`, which has the kept layers only.
 
     Raises:
@@ -267,7 +294,7 @@ def _renaming_of_kept(config: RunConfig, model: PreTrainedModel) -> Callable[[st
     """
     if config.model.layers is None:
         return str
-    whole, source_config = _whole(config, model.config)
+    whole, source_config = _whole(config, model.config, tokens)
     kept = kept_layers(config.model.layers, source_config)
     with torch.device("meta"):
         source = _instantiate(whole, source_config, torch.float32)
@@ -279,10 +306,10 @@ def _body_only(rename: Callable[[str], str | None], prefix: str) -> Callable[[st
     return lambda name: rename(name) if name.startswith(prefix) else None
 
 
-def _whole(config: RunConfig, cut: PreTrainedConfig) -> tuple[RunConfig, PreTrainedConfig]:
+def _whole(config: RunConfig, cut: PreTrainedConfig, tokens: IntArray | None) -> tuple[RunConfig, PreTrainedConfig]:
     """The config of a run and of its model with all layers, and otherwise like `cut`."""
     whole = _with_options(config, layers=None)
-    source_config = model_configuration(whole, None)
+    source_config = model_configuration(whole, None, kept=tokens)
     source_config.id2label = cut.id2label
     return whole, source_config
 

@@ -27,7 +27,8 @@ from transformers.models.auto.modeling_auto import (
 from trainer.config.schema import ModelConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.layers import cut_configuration, kept_layers
-from trainer.records import Classes
+from trainer.model.vocabulary import cut_vocabulary
+from trainer.records import Classes, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,16 @@ def pretrained_reference(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     return model.pretrained, arguments
 
 
-def model_configuration(config: RunConfig, vocabulary: int | None, classes: Classes | None = None) -> PreTrainedConfig:
+def model_configuration(
+    config: RunConfig, vocabulary: int | None, classes: Classes | None = None, kept: IntArray | None = None
+) -> PreTrainedConfig:
     """The configuration of the model; reads no weights.
 
     Args:
         vocabulary: tokens of the tokenizer; None when it is not known yet, then only a given `vocab_size` counts.
         classes: of a classifier; None when they are not known yet, then the architecture's default counts.
+        kept: of a tokenizer with some of the tokens that the pretrained model knows: their ids there, ascending,
+            [vocabulary]. None: it has them all.
 
     Raises:
         ConfigError: unknown architecture or field, a wrong value, a vocabulary or positions that are too small, a
@@ -84,6 +89,8 @@ def model_configuration(config: RunConfig, vocabulary: int | None, classes: Clas
     else:
         result = pretrained_configuration(config.model)
     _check_objective(config, result)
+    if kept is not None and config.model.pretrained:
+        _cut_vocabulary(result, kept)
     _check_vocabulary(config, result, vocabulary)
     if config.objective.kind == "classification" and classes is not None:
         _set_classes(config, result, classes)
@@ -273,6 +280,14 @@ def _check_objective(config: RunConfig, model: PreTrainedConfig) -> None:
                 )
             ]
         )
+
+
+def _cut_vocabulary(model: PreTrainedConfig, kept: IntArray) -> None:
+    padding = model.get_text_config().pad_token_id
+    cut_vocabulary(model, kept)
+    if model.model_type in _BEGIN_BEHIND_PADDING and model.get_text_config().pad_token_id != padding:
+        text = f"the positions of a model of type {model.model_type} begin at the id of its padding, which would change"
+        raise ConfigError([("data.tokenizer.keep", f"{text}; use `all`")])
 
 
 def _check_vocabulary(config: RunConfig, model: PreTrainedConfig, vocabulary: int | None) -> None:

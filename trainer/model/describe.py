@@ -21,20 +21,26 @@ from trainer.errors import ConfigError, ExitCode, TrimtabError
 from trainer.model.build import meta_model
 from trainer.model.configuration import first_line, max_positions
 from trainer.model.groups import parameter_facts, shape_of
-from trainer.records import Classes, ModelFacts
+from trainer.records import Classes, IntArray, ModelFacts
 
 
-def describe(config: RunConfig, vocabulary: int | None = None, classes: Classes | None = None) -> ModelFacts:
+def describe(
+    config: RunConfig,
+    vocabulary: int | None = None,
+    classes: Classes | None = None,
+    kept: IntArray | None = None,
+) -> ModelFacts:
     """The facts of the model of `config`. No weights are read and no memory is taken.
 
     Args:
         vocabulary: tokens of the run's tokenizer; None: as many as :func:`expected_vocabulary` says.
         classes: of a classifier; None: not known yet, two are counted.
+        kept: as for :func:`trainer.model.build.build_model`; None: all tokens, or not known yet.
 
     Raises:
         ConfigError: as :func:`trainer.model.build.build_model`.
     """
-    model = meta_model(config, expected_vocabulary(config) if vocabulary is None else vocabulary, classes)
+    model = meta_model(config, expected_vocabulary(config) if vocabulary is None else vocabulary, classes, kept)
     text_config = model.config.get_text_config()
     hidden = _first_int(text_config, ("hidden_size", "d_model", "n_embd"))
     return ModelFacts(

@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.model.build import meta_model
 from trainer.model.configuration import max_positions, pretrained_reference
 from trainer.model.projections import is_projection
-from trainer.records import Classes
+from trainer.records import Classes, IntArray
 
 MAX_SHARD_BYTES = 2_000_000_000
 """A single tensor that is larger has a file of its own."""
@@ -42,6 +42,7 @@ def save_model(
     vocabulary: int,
     dtype: torch.dtype,
     classes: Classes | None = None,
+    kept: IntArray | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write configuration, generation configuration, safetensors and tokenizer to the directory `output`.
@@ -54,7 +55,7 @@ def save_model(
         tokenizer_path: directory of the run's tokenizer, or a `tokenizer.json`.
         vocabulary: tokens of the run's tokenizer, as given to `build_model`.
         dtype: type of the floating-point weights in the files.
-        classes: of a classifier, as given to `build_model`.
+        classes, kept: as given to `build_model`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or there twice.
@@ -63,7 +64,7 @@ def save_model(
     if output.exists() and not (output.is_dir() and (_is_export(output) or not any(output.iterdir()))):
         raise RunDirectoryError(f"{output} is in the way: it is not an earlier export; move it, or export elsewhere")
     # without projections to a teacher, whose files may be gone by now
-    model = meta_model(config.model_copy(update={"distill": None}), vocabulary, classes)
+    model = meta_model(config.model_copy(update={"distill": None}), vocabulary, classes, kept)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

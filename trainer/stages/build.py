@@ -72,7 +72,14 @@ def build_engine(
     config, world_size = setting.config, setting.ranks.world_size
     zero3 = deepspeed_config(config, world_size, setting.device, setting.precision) if config.zero.stage == 3 else None
     prepared, dtype = setting.prepared, _DTYPES[setting.precision]
-    model = build_model(config, vocabulary=prepared.vocabulary, zero3=zero3, dtype=dtype, classes=prepared.classes)
+    model = build_model(
+        config,
+        vocabulary=prepared.vocabulary,
+        zero3=zero3,
+        dtype=dtype,
+        classes=prepared.classes,
+        kept=prepared.kept,
+    )
     penalty = _make_penalty(config)
     return Engine(
         model,

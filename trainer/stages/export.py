@@ -68,6 +68,7 @@ def export_run(
         vocabulary=prepared.vocabulary,
         dtype=DTYPES[dtype],
         classes=prepared.classes,
+        kept=prepared.kept,
     )
     return Exported(chosen, dtype)
 

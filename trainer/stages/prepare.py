@@ -58,7 +58,7 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         # takes seconds to import, which a run that goes on need not wait for
         from trainer.model.describe import describe, describe_teacher
 
-        facts = describe(config, prepared.vocabulary, prepared.classes)
+        facts = describe(config, prepared.vocabulary, prepared.classes, prepared.kept)
         if loads_teacher(config):
             write_whole(files.teacher, facts_to_json(describe_teacher(config)))
     note = {
@@ -99,7 +99,7 @@ def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
     elif config.distill.teacher.place != "cache":
         from trainer.teacher.vocabulary import check_tokenizer
 
-        check_tokenizer(config.distill, prepared.tokenizer_path)
+        check_tokenizer(config.distill, prepared.tokenizer_path, prepared.kept)
 
 
 def _description(config: RunConfig, vocabulary: int, classes: Classes | None) -> str | None:

@@ -11,11 +11,12 @@ from trainer.config.distill import DistillConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError
 from trainer.model.configuration import first_line, pretrained_reference
+from trainer.records import IntArray
 
 _PATH = "distill.teacher.pretrained"
 
 
-def check_tokenizer(options: DistillConfig, tokenizer_path: Path) -> None:
+def check_tokenizer(options: DistillConfig, tokenizer_path: Path, kept: IntArray | None = None) -> None:
     """Refuse a teacher whose tokenizer has another token for an id of the run's; further tokens do no harm.
 
     Nothing is compared with `distill.vocabulary: uld`, which is for other tokenizers, nor with a teacher behind a
@@ -23,6 +24,7 @@ def check_tokenizer(options: DistillConfig, tokenizer_path: Path) -> None:
 
     Args:
         tokenizer_path: of the run's tokenizer: a `tokenizer.json`, or a directory with one.
+        kept: the teacher's id for each id of the run's, [vocabulary]; None: the same.
 
     Raises:
         ConfigError: the tokenizers differ, or the teacher comes without one.
@@ -39,6 +41,8 @@ def check_tokenizer(options: DistillConfig, tokenizer_path: Path) -> None:
         raise ConfigError([(_PATH, f"{text}; put the one that it was trained with beside its weights")]) from error
     file = tokenizer_path / "tokenizer.json" if tokenizer_path.is_dir() else tokenizer_path
     ours: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    if kept is not None:
+        ours = {token: int(kept[number]) for token, number in ours.items()}
     by_id = {number: token for token, number in theirs.items()}
     different = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
     if not different:
