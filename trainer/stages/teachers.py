@@ -53,6 +53,7 @@ def open_teacher(setting: Setting) -> Teacher:
                 device=setting.device,
                 vocabulary=prepared.vocabulary,
                 classes=prepared.classes,
+                kept=prepared.kept,
             )
             if config.distill.vocabulary == "same":
                 return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from trainer.model.configuration import check_positions, model_configuration, ow
 from trainer.model.head import find_head
 from trainer.model.inner import Wanted, wanted_of_teacher
 from trainer.model.weights import read_weights
-from trainer.records import Classes
+from trainer.records import Classes, IntArray
 from trainer.teacher.holding import Holders, Holding, Read, nodes
 from trainer.teacher.model import TeacherModel
 from trainer.terms import Model
@@ -46,18 +47,20 @@ def build_teacher(
     device: Device,
     vocabulary: int,
     classes: Classes | None = None,
+    kept: IntArray | None = None,
 ) -> TeacherModel:
     """The teacher of `config` at the place `replica` or `zero3`, with its weights. A collective.
 
     Args:
         vocabulary: tokens of the run's tokenizer.
         classes: of the run, where it classifies.
+        kept: the teacher's id for each token of the run, ascending, [vocabulary]; None: the same.
 
     Raises:
         ConfigError: it cannot be loaded, does not fit the run, or does something unknown to its logits.
     """
     try:
-        return _build(config, ranks, device, vocabulary, classes)
+        return _build(config, ranks, device, vocabulary, classes, kept)
     except ConfigError as error:
         # found in the options of the teacher, by those who know a model's
         problems = [
@@ -67,8 +70,18 @@ def build_teacher(
         raise ConfigError(problems) from error
 
 
-def _build(config: RunConfig, ranks: Place, device: Device, vocabulary: int, classes: Classes | None) -> TeacherModel:
+def _build(
+    config: RunConfig,
+    ranks: Place,
+    device: Device,
+    vocabulary: int,
+    classes: Classes | None,
+    kept: IntArray | None,
+) -> TeacherModel:
     assert config.distill is not None
+    if kept is not None:
+        vocabulary = int(kept[-1]) + 1
+        classes = classes and replace(classes, pad_id=int(kept[classes.pad_id]))
     teacher = config.distill.teacher
     own = config.model_copy(
         update={
@@ -96,7 +109,7 @@ def _build(config: RunConfig, ranks: Place, device: Device, vocabulary: int, cla
         model.to(place)  # type: ignore[arg-type]
         holding = Holding(model, None)
         holding.fill(read)
-        return _finished(own, model, model, holding, read, place)
+        return _finished(own, model, model, holding, read, place, kept)
     import deepspeed
 
     holders = _holders(ranks) if teacher.within_node else Holders(None, 0)
@@ -106,7 +119,7 @@ def _build(config: RunConfig, ranks: Place, device: Device, vocabulary: int, cla
     holding.fill(read)
     engine, *_ = deepspeed.initialize(model=model, config=options, dist_init_required=False)
     engine.eval()
-    return _finished(own, model, engine, holding, read, place, engine.destroy)
+    return _finished(own, model, engine, holding, read, place, kept, engine.destroy)
 
 
 def _finished(
@@ -116,13 +129,16 @@ def _finished(
     holding: Holding,
     read: Read,
     device: torch.device,
+    kept: IntArray | None,
     release: Callable[[], None] = lambda: None,
 ) -> TeacherModel:
     assert config.distill is not None
     looks_inside = config.distill.hidden is not None or config.distill.relations is not None
     wanted = wanted_of_teacher(config.distill, num_layers(model)) if looks_inside else Wanted((), None)
     head = None if config.objective.kind == "classification" else find_head(model, call)
-    return TeacherModel(model, call, head, holding=holding, wanted=wanted, read=read, device=device, release=release)
+    return TeacherModel(
+        model, call, head, holding=holding, wanted=wanted, read=read, device=device, release=release, kept=kept
+    )
 
 
 def _precision(config: RunConfig, device: Device) -> Precision:

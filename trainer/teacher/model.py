@@ -32,6 +32,7 @@ class TeacherModel:
         wanted: what is kept of its inside.
         read: gives its weights again.
         device: of the collectives.
+        kept: its id for each token of the run, [vocabulary]; None: the same.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class TeacherModel:
         read: Read,
         device: torch.device,
         release: Callable[[], None] = lambda: None,
+        kept: IntArray | None = None,
     ):
         self._model, self._call, self._head = model, call, head
         self._holding, self._wanted, self._read = holding, wanted, read
         self._device, self._release = device, release
+        self._ids = None if kept is None else torch.from_numpy(kept).to(device)
         self._stand_in = None if head is None else StandIn.put_into(model, head)
         self._digests = holding.digests()
 
@@ -72,6 +75,8 @@ class TeacherModel:
     @torch.no_grad()
     def knowledge(self, tensors: Mapping[str, Tensor]) -> Knowledge:
         inputs = {name: each for name, each in tensors.items() if name != "labels" and name not in BESIDE_INPUTS}
+        if self._ids is not None:
+            inputs["input_ids"] = self._ids[inputs["input_ids"]]
         if not self._wanted.layers and self._wanted.attention is None:
             return Knowledge(self._targets(self._call(**inputs)))
         with Capture(self._model, self._wanted.layers, self._wanted.attention) as seen:
