@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def train(rank: int, world_size: int, name: str, stage: int, inside: bool) -> di
     """Losses of this rank, and the weights after some steps."""
     import deepspeed
 
-    config = make_config(zero={"stage": stage}, batch={"samples": 4, "micro": 2})
+    config = make_config(zero={"stage": stage}, batch={"samples": 8, "micro": 2})
     options = deepspeed_config(config, world_size, "cpu", "fp32")
     if stage == 3:
         # nothing of these small models stays whole on every rank
@@ -65,10 +66,13 @@ def train(rank: int, world_size: int, name: str, stage: int, inside: bool) -> di
         deepspeed.zero.Init(module=model, config_dict_or_path=options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
+    prologues = Mock(wraps=engine._backward_prologue)
+    engine._backward_prologue = prologues
     head = find_head(model.eval(), engine) if inside else None
     engine.train()
     losses = []
-    for index in range(STEPS):
+    for index in range(STEPS * config.batch.samples // (2 * world_size)):
+        # two micro-batches a step
         ids, labels = (torch.from_numpy(a[rank * 2 : rank * 2 + 2]) for a in global_batch(config, index))
         if head is not None:
             with torch.no_grad():
@@ -82,7 +86,7 @@ def train(rank: int, world_size: int, name: str, stage: int, inside: bool) -> di
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
         found = {key: value.detach().numpy().copy() for key, value in parameters.items()}
     engine.destroy()
-    return {"losses": losses, "weights": found, "steps": engine.global_steps}
+    return {"losses": losses, "weights": found, "steps": engine.global_steps, "prologues": prologues.call_count}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -93,6 +97,8 @@ def test_a_loss_inside_the_head_trains_as_one_outside(two_ranks: RankPool, name:
     for ours, plain in zip(inside, outside, strict=True):
         assert ours["steps"] == STEPS
         assert ours["losses"] == plain["losses"]
+        # what DeepSpeed does before a backward pass
+        assert ours["prologues"] == plain["prologues"] == len(plain["losses"])
         for key, before in MODELS[name]().named_parameters():
             assert np.array_equal(ours["weights"][key], plain["weights"][key]), key
             assert not np.array_equal(before.detach().numpy(), plain["weights"][key]), key

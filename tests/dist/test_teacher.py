@@ -157,9 +157,11 @@ def test_knows_what_the_model_knows(two_ranks: RankPool, saved: Path, name: str,
         assert found["found"] is None
 
 
-def test_a_sharded_teacher_is_whole_nowhere(two_ranks: RankPool, saved: Path) -> None:
-    whole = two_ranks(ask, folder=saved, name="llama", place="replica")
-    parts = two_ranks(ask, folder=saved, name="llama", place="zero3")
+@pytest.mark.parametrize("name", ["llama", "classifier"])
+def test_a_sharded_teacher_is_whole_nowhere(two_ranks: RankPool, saved: Path, name: str) -> None:
+    # the classifier has parameters that two ranks cannot halve
+    whole = two_ranks(ask, folder=saved, name=name, place="replica")
+    parts = two_ranks(ask, folder=saved, name=name, place="zero3")
     assert [found["held"] for found in whole] == [whole[0]["parameters"]] * 2
     assert sum(found["held"] for found in parts) == whole[0]["parameters"] == parts[0]["parameters"]
     assert [found["whole_between"] for found in parts] == [0, 0]

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, core_model_loading, modeling_gguf_pytorch_utils
+from transformers import (
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    core_model_loading,
+    modeling_gguf_pytorch_utils,
+    modeling_utils,
+)
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.utils import logging as transformers_logging
@@ -42,11 +50,12 @@ def read_weights(config: RunConfig, model_config: PreTrainedConfig, dtype: torch
                 kind, tensors = _gguf_tensors(file, config, model_config)
                 load = partial(kind.from_pretrained, None, state_dict=tensors)
         with _one_at_a_time(take):
-            _, report = load(config=model_config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+            # what has another shape is told below
+            _, report = load(config=model_config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         text = f"{config.model.pretrained} cannot be loaded: {first_line(error)}"
         raise ConfigError([("model.pretrained", text)]) from error
-    for key, theirs, ours in report["mismatched_keys"]:
+    for key, theirs, ours in sorted(report["mismatched_keys"]):
         text = f"{key} is {list(theirs)} in {config.model.pretrained} and {list(ours)} in the model"
         raise ConfigError([("model.overrides", text)])
 
@@ -70,9 +79,16 @@ def _one_at_a_time(take: Take) -> Iterator[None]:
         empty._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(owner, last, empty)
 
+    def open_to_read(*args: Any, **options: Any) -> Any:
+        # pages of a mapped file stay resident until it is closed: in the end all of it
+        return open_file(*args, **{**options, "backend": "pread"})
+
+    library: Any = modeling_utils
+    open_file = library.safe_open
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     verbosity = transformers_logging.get_verbosity()
     core_model_loading.set_param_for_module = place_and_take  # type: ignore[assignment]
+    library.safe_open = open_to_read
     # its threads would read ahead without bound
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     # what is missing is told by who takes
@@ -83,6 +99,7 @@ def _one_at_a_time(take: Take) -> Iterator[None]:
         yield
     finally:
         core_model_loading.set_param_for_module = place
+        library.safe_open = open_file
         transformers_logging.set_verbosity(verbosity)
         if shows_bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -130,6 +130,10 @@ class Holding:
             problem = self._missing(seen)
         except ConfigError as error:
             problem = error.problems[0]
+        except BaseException:
+            # the others must not wait for more
+            self._tell((None, ("model.pretrained", f"rank {dist.get_rank()}, which reads it, failed")))
+            raise
         self._tell((None, problem))
         return problem
 
