@@ -186,7 +186,8 @@ def _zero3_options(config: RunConfig, device: Device, precision: Precision) -> d
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": config.zero.overlap and device == "cuda",
-            "stage3_prefetch_bucket_size": bucket,
+            # on CPU nothing is won by fetching ahead, and DeepSpeed keeps several buckets for it
+            "stage3_prefetch_bucket_size": bucket if device == "cuda" else 0,
             # nothing stays whole: small parameters ride along in the bucket that is fetched ahead
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": bucket,
