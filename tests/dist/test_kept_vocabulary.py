@@ -140,6 +140,8 @@ def train(rank: int, world_size: int, config: RunConfig, files: RunFiles) -> dic
     with training.parts() as parts:
         assert training.teacher is not None
         known = knows(training.teacher, setting).numpy()
+        model: Any = getattr(training.teacher, "_model", None)
+        padding = model and model.config.pad_token_id
         for step in range(4):
             batch = next(parts.stream)
             stats = parts.engine.accumulate(batch, attempt=step, step=step)
@@ -147,7 +149,7 @@ def train(rank: int, world_size: int, config: RunConfig, files: RunFiles) -> dic
             parts.engine.apply(1.0, 1e-2)
     training.telemetry.close(Outcome("completed", 0, "", 0, 0, None))
     release(training.engine)
-    return {"losses": losses, "known": known, "parameters": setting.facts.num_parameters}
+    return {"losses": losses, "known": known, "padding": padding, "parameters": setting.facts.num_parameters}
 
 
 def trained(pool: RankPool, root: Path, config: RunConfig) -> dict[str, Any]:
@@ -163,6 +165,8 @@ def test_learns_as_with_all_tokens(two_ranks: RankPool, root: Path, stage: int, 
     np.testing.assert_allclose(used["losses"], whole["losses"], rtol=3e-5)
     np.testing.assert_allclose(used["known"], whole["known"], rtol=1e-5, atol=1e-6)
     assert whole["known"].std() > 1e-3
+    # by which a model that reads from left to right finds the end of a text
+    assert used["padding"] == whole["padding"] == len(BETWEEN) + SPECIAL.index("[PAD]")
     rows = len(BETWEEN) + 60 + 1  # "behind" is never used either; "##g" is a single character
     assert used["parameters"] == whole["parameters"] - rows * 16
 

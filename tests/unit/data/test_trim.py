@@ -52,7 +52,7 @@ def save(folder: Path, backend: Tokenizer) -> Path:
     return folder
 
 
-TRAIN = ("film river <br>", "river film film", "fil film")
+TRAIN = ("film river river", "river film film", "fil film")
 HELD_OUT = ("house film", "quiet rivers", "film river")
 
 
@@ -98,6 +98,7 @@ def test_only_the_tokens_of_the_training_data_stay(prepared_with: Any, tmp_path:
     # numbers are those of the places
     ours = Tokenizer.from_file(str(prepared.tokenizer_path / "tokenizer.json"))
     assert ours.get_vocab() == {name: number for number, name in enumerate(names)}
+    assert ours.padding["pad_id"] == ours.token_to_id("[PAD]")
     # what exports load
     theirs, loaded = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(prepared.tokenizer_path)
     assert kept[loaded.pad_token_id] == theirs.pad_token_id
@@ -152,10 +153,12 @@ def test_the_option_belongs_to_the_key_and_the_fingerprint(prepared_with: Any, t
     same = prepared_with(tmp_path / "other", keep="used")
     assert same.kept.tolist() == used.kept.tolist()
     assert same.fingerprint == used.fingerprint
-    words["[unused1]"], words["film"] = words["film"], words["[unused1]"]
+    words["##se"], words["river"] = words["river"], words["##se"]
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(other))
     moved = prepared_with(tmp_path / "other", keep="used")
-    assert len(moved.kept) == len(used.kept)
+    assert moved.kept.tolist() != used.kept.tolist()
+    files = [(each.tokenizer_path / "tokenizer.json").read_bytes() for each in (moved, used)]
+    assert files[0] == files[1]
     assert moved.fingerprint != used.fingerprint
 
 
