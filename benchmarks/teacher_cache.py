@@ -158,8 +158,8 @@ def report(results: dict[str, dict[str, float]], online: dict[str, float], sampl
         "",
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, one thread, fp32; others worked on "
         f"the machine (load {os.getloadavg()[0]:.1f} at the end): times are CPU seconds, measured in turns. Teacher "
-        f"SmolLM2-135M ({parameters[0] / 1e6:.0f} M parameters), student {parameters[1] / 1e6:.0f} M, {samples} samples "
-        f"of {LENGTH} tokens of Python's standard library, micro-batches of {MICRO}.",
+        f"SmolLM2-135M ({parameters[0] / 1e6:.0f} M parameters), student {parameters[1] / 1e6:.0f} M, {samples} "
+        f"samples of {LENGTH} tokens of Python's standard library, micro-batches of {MICRO}.",
         "Command: `python benchmarks/teacher_cache.py --teacher FILE.gguf --write`.",
         "",
         "| kept | bytes a token | different tokens | probability covered | choosing and writing | reading "
