@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from pool import RankPool
 from serving import Serving
-from torch import Tensor
 
+from tests.unit.objectives.dense import divergence
 from trainer.config.files import RunFiles
 from trainer.config.schema import RunConfig
 from trainer.config.teaching import writing
@@ -34,7 +34,6 @@ SENTENCES = (
     "a large ship is kept on course by a small force",
     "what a teacher knows is learned from its predictions",
 )
-KINDS = ("forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,8 @@ def dense(place: Place, config: RunConfig, arrays: list[dict[str, np.ndarray]]) 
             theirs = teacher(**tensors, use_cache=False).logits[valid]
         ours = student(**tensors, use_cache=False).logits[valid]
         sums["cross-entropy"] = sums["cross-entropy"] + F.cross_entropy(ours, labels[valid], reduction="sum")
-        distance = divergence(options, theirs / options.temperature, ours / options.temperature)
+        p, q = ((logits / options.temperature).softmax(-1) for logits in (theirs, ours))
+        distance = divergence(options, p, q)
         sums["distillation"] = sums["distillation"] + options.temperature**2 * distance.sum()
         targets += int(valid.sum())
     weights = {"cross-entropy": options.cross_entropy, "distillation": options.weight}
@@ -217,31 +217,6 @@ def dense(place: Place, config: RunConfig, arrays: list[dict[str, np.ndarray]]) 
         "parts": {name: torch.stack([g.norm() for g in gradients[name]]).norm().item() for name in names},
         "targets": targets,
     }
-
-
-def divergence(options: Any, theirs: Tensor, ours: Tensor) -> Tensor:
-    """D(p, q) of each row, as the options' texts define it."""
-    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    alpha, beta = options.alpha, options.beta
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a.log() - b.log())).sum(-1)
-
-    match options.kind:
-        case "forward_kl":
-            return kl(p, q)
-        case "reverse_kl":
-            return kl(q, p)
-        case "js":
-            middle = beta * p + (1 - beta) * q
-            return beta * kl(p, middle) + (1 - beta) * kl(q, middle)
-        case "skew_forward_kl":
-            return kl(p, alpha * p + (1 - alpha) * q)
-        case "skew_reverse_kl":
-            return kl(q, (1 - alpha) * p + alpha * q)
-        case _:
-            return 0.5 * (p - q).abs().sum(-1)
 
 
 CASES = [

@@ -160,8 +160,11 @@ def without_effect(config: RunConfig) -> list[Rule]:
     ]
     if classifies:
         rules += [
-            (f"distill.cache.{name}", True, "objective.kind is classification: its logits are kept whole")
-            for name in ("targets", "top", "draws", "precision")
+            ("objective.z_loss", True, "a distillation of classes has no z-loss"),
+            *(
+                (f"distill.cache.{name}", True, "objective.kind is classification: its logits are kept whole")
+                for name in ("targets", "top", "draws", "precision")
+            ),
         ]
     if teacher.place == "server":
         rules += [

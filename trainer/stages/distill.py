@@ -40,10 +40,6 @@ CROSS_ENTROPY = DistillLossConfig(weight=0.0, cross_entropy=1.0)
 """What a model is scored by."""
 
 
-def _see_nothing(_: Tensor) -> None:
-    pass
-
-
 class Distillation:
     """The objective of a distillation. `loss` is the cross-entropy with the data's labels, whatever its weight; the
     other parts are as they enter the total.
@@ -195,26 +191,23 @@ class Distillation:
         return Terms(total, sums, distilled.measures)
 
     def evaluate(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        right = Right(tensors["labels"])
-        losses = self._losses(model, tensors, right)
-        return {"loss": losses.sum(), "accuracy": right.count}
+        found = self._plain(model, tensors)
+        return {"loss": found.cross_entropy.sum(), "accuracy": found.right}
 
     def sample_losses(self, model: Model, tensors: Mapping[str, Tensor]) -> Tensor:
-        losses = self._losses(model, tensors, _see_nothing)
+        losses = self._plain(model, tensors).cross_entropy
         result: Tensor = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
         return result
 
-    def _losses(self, model: Model, tensors: Mapping[str, Tensor], see: See) -> Tensor:
-        """The cross-entropy with each label, without a teacher and without a gradient."""
+    def _plain(self, model: Model, tensors: Mapping[str, Tensor]) -> Distilled:
+        """The cross-entropy with the labels, without a teacher and without a gradient."""
         if self._head is None:
-            logits = model(**_inputs(tensors)).logits
-            return logit_distillation(logits, tensors["labels"], None, CROSS_ENTROPY, see=see).cross_entropy
-        found: list[Tensor] = []
+            return logit_distillation(model(**_inputs(tensors)).logits, tensors["labels"], None, CROSS_ENTROPY)
+        found: list[Distilled] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
-            distilled = fused_distillation(hidden, head, tensors["labels"], None, CROSS_ENTROPY, see=see)
-            found.append(distilled.cross_entropy)
-            return distilled.total
+            found.append(fused_distillation(hidden, head, tensors["labels"], None, CROSS_ENTROPY))
+            return found[0].total
 
         self._head.run(model, _inputs(tensors), compute)
         return found[0]
@@ -254,20 +247,6 @@ class Distillation:
         if positions is not None:
             changed["position_ids"] = _positions(input_ids, positions, rows, options.tokens, self._end)
         return changed
-
-
-class Right:
-    """Counts right predictions as logits are shown, those of the targets in their order."""
-
-    def __init__(self, labels: Tensor):
-        self._labels = labels[labels >= 0]
-        self._shown = 0
-        self.count = torch.zeros((), dtype=torch.int64, device=labels.device)
-
-    def __call__(self, logits: Tensor) -> None:
-        labels = self._labels[self._shown : self._shown + len(logits)]
-        self._shown += len(logits)
-        self.count += (logits.argmax(-1) == labels).sum()
 
 
 def _of_classes(targets: Targets | None) -> LogitTargets:

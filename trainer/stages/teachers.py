@@ -17,7 +17,7 @@ from trainer.objectives.logits import logit_distillation
 from trainer.records import Evaluation
 from trainer.stages.build import Setting
 from trainer.stages.caching import open_knowledge
-from trainer.stages.distill import CROSS_ENTROPY, Right
+from trainer.stages.distill import CROSS_ENTROPY
 from trainer.stages.prepare import write_whole
 from trainer.teacher.across import AcrossTokenizers
 from trainer.teacher.build import build_teacher
@@ -127,16 +127,15 @@ def score(teacher: Teacher, batches: Iterable[Mapping[str, NDArray[Any]]], devic
     for arrays in batches:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         labels, targets = tensors["labels"], teacher.knowledge(tensors).targets
-        right = Right(labels)
         match targets:
             case DenseTargets(hidden=hidden, head=head):
                 with targets.whole():
-                    found = fused_distillation(hidden, head, labels, None, CROSS_ENTROPY, see=right)
+                    found = fused_distillation(hidden, head, labels, None, CROSS_ENTROPY)
             case LogitTargets(logits=logits):
-                found = logit_distillation(logits, labels, None, CROSS_ENTROPY, see=right)
+                found = logit_distillation(logits, labels, None, CROSS_ENTROPY)
             case _:
                 raise AssertionError("only a model can be scored")
-        sums += torch.stack([found.cross_entropy.sum(), right.count, (labels >= 0).sum()]).to(sums)
+        sums += torch.stack([found.cross_entropy.sum(), found.right, (labels >= 0).sum()]).to(sums)
     dist.all_reduce(sums)
     loss, right, count = sums.tolist()
     return Evaluation(loss / count, int(count), {"accuracy": right / count})
