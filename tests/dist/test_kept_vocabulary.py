@@ -113,7 +113,8 @@ def files_of(root: Path, config: RunConfig) -> RunFiles:
     files = RunFiles(root / f"run-{tokenizer.keep}-{config.zero.stage}-{place}")
     if not files.root.exists():
         files.root.mkdir()
-        prepare_run(files, config)
+        # the cache is written later
+        prepare_run(files, writing(config, sharded=False) if place == "cache" else config)
     return files
 
 

@@ -96,7 +96,11 @@ def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
             teacher.check(config.data.sequence_length)
         finally:
             teacher.close()
-    elif config.distill.teacher.place != "cache":
+    elif config.distill.teacher.place == "cache":
+        from trainer.stages.caching import check_knowledge
+
+        check_knowledge(config, prepared)
+    else:
         from trainer.teacher.vocabulary import check_tokenizer
 
         check_tokenizer(config.distill, prepared.tokenizer_path, prepared.kept)

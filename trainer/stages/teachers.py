@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def open_teacher(setting: Setting) -> Teacher:
                 vocabulary=prepared.vocabulary,
                 classes=prepared.classes,
                 kept=prepared.kept,
+                alive=partial(setting.heartbeat.beat, "loading"),
             )
             if config.distill.vocabulary == "same":
                 return model
@@ -114,17 +116,23 @@ def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
         seed=config.seed,
     )
     device = torch.device(setting.device, ranks.local_rank) if setting.device == "cuda" else torch.device("cpu")
-    found = score(teacher, batches, device)
+    found = score(teacher, batches, device, partial(setting.heartbeat.beat, "evaluating"))
     if ranks.is_first:
         about: dict[str, Any] = {"loss": found.loss, **found.scores, "parameters": teacher.num_parameters}
         write_whole(setting.files.teacher_scores, json.dumps(about, indent=1))
 
 
 @torch.no_grad()
-def score(teacher: Teacher, batches: Iterable[Mapping[str, NDArray[Any]]], device: torch.device) -> Evaluation:
+def score(
+    teacher: Teacher,
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Mean cross-entropy of the teacher with the labels, and its accuracy, over all ranks. A collective."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for arrays in batches:
+        alive()
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         labels, targets = tensors["labels"], teacher.knowledge(tensors).targets
         match targets:

@@ -48,6 +48,7 @@ def build_teacher(
     vocabulary: int,
     classes: Classes | None = None,
     kept: IntArray | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> TeacherModel:
     """The teacher of `config` at the place `replica` or `zero3`, with its weights. A collective.
 
@@ -55,12 +56,13 @@ def build_teacher(
         vocabulary: tokens of the run's tokenizer.
         classes: of the run, where it classifies.
         kept: the teacher's id for each token of the run, ascending, [vocabulary]; None: the same.
+        alive: called with every weight that is loaded.
 
     Raises:
         ConfigError: it cannot be loaded, does not fit the run, or does something unknown to its logits.
     """
     try:
-        return _build(config, ranks, device, vocabulary, classes, kept)
+        return _build(config, ranks, device, vocabulary, classes, kept, alive)
     except ConfigError as error:
         # found in the options of the teacher, by those who know a model's
         problems = [
@@ -77,6 +79,7 @@ def _build(
     vocabulary: int,
     classes: Classes | None,
     kept: IntArray | None,
+    alive: Callable[[], None],
 ) -> TeacherModel:
     assert config.distill is not None
     if kept is not None:
@@ -107,7 +110,7 @@ def _build(
     if teacher.place == "replica":
         model = frozen_model(own, model_config, zero3=None, group=None, dtype=dtype)
         model.to(place)  # type: ignore[arg-type]
-        holding = Holding(model, None)
+        holding = Holding(model, None, alive)
         holding.fill(read)
         return _finished(own, model, model, holding, read, place, kept)
     import deepspeed
@@ -115,7 +118,7 @@ def _build(
     holders = _holders(ranks) if teacher.within_node else Holders(None, 0)
     options = _zero3_options(config, device, precision)
     model = frozen_model(own, model_config, zero3=options, group=holders.group, dtype=dtype)
-    holding = Holding(model, holders)
+    holding = Holding(model, holders, alive)
     holding.fill(read)
     engine, *_ = deepspeed.initialize(model=model, config=options, dist_init_required=False)
     engine.eval()

@@ -33,9 +33,11 @@ class Holding:
 
     Args:
         holders: who else holds a part of each parameter; None: this rank holds the model whole.
+        alive: called with every weight that is put in: a sign of life for who waits for one.
     """
 
-    def __init__(self, model: nn.Module, holders: Holders | None):
+    def __init__(self, model: nn.Module, holders: Holders | None, alive: Callable[[], None] = lambda: None):
+        self._alive = alive
         # tied weights have several names
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._by_name: dict[str, Tensor] = {**model.state_dict(keep_vars=True), **parameters}
@@ -98,6 +100,7 @@ class Holding:
         Raises:
             ConfigError: weights that share one place differ.
         """
+        self._alive()
         place = self._by_name[name]
         tied = sum(each is place for each in self._by_name.values()) > 1
         content = digest(value) if tied else None
@@ -157,6 +160,7 @@ class Holding:
         import deepspeed
 
         assert self._holders is not None
+        self._alive()
         place = self._by_name[name]
         if hasattr(place, "ds_id"):
             # 0: the first of the parameter's own ranks
