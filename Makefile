@@ -59,6 +59,8 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/damage.py
 	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/slurm.py
+	$(BIN)/python benchmarks/distill_loss.py
+	$(BIN)/python benchmarks/teacher.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
