@@ -137,7 +137,9 @@ def teach(
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Of the caches. Which hashes of large files are remembered depends on how old those were."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "hashes.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def moved(config: RunConfig, folder: Path, **cache: Any) -> RunConfig:
