@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer.config.schema import RunConfig
 from trainer.config.teaching import writing
 from trainer.engine.ranks import Ranks
 from trainer.faults import parse_fault
+from trainer.records import Outcome
 from trainer.stages.build import Setting
 from trainer.stages.exercise import Unsaved, exercise, release, rungs
 from trainer.stages.prepare import open_run, prepare_run
@@ -152,7 +153,7 @@ def with_cache(pool: RankPool, config: RunConfig, place: Place) -> None:
 def first_look(rank: int, world_size: int, config: RunConfig, place: Place, name: str) -> Any:
     """What the engine finds in the first batch, the batch of this rank, and the gradient norm of each part."""
     setting = setting_of(rank, world_size, config, place)
-    setting = Setting(RunFiles(setting.files.root / name), *_rest(setting))
+    setting = replace(setting, files=RunFiles(setting.files.root / name))
     setting.files.root.mkdir(exist_ok=True)
     torch.distributed.barrier()
     training = Unsaved(setting)
@@ -164,15 +165,21 @@ def first_look(rank: int, world_size: int, config: RunConfig, place: Place, name
         probe = parts.engine.probe(batch)
         samples = parts.engine.sample_losses(batch)
         names = parts.engine.names
-    from trainer.stages.training import Outcome
-
     training.telemetry.close(Outcome("completed", 0, "", 0, 0, None))
     release(training.engine)
     return stats, names, list(batch.micro_batches), norms, probe, samples
 
 
-def _rest(setting: Setting) -> tuple[Any, ...]:
-    return tuple(getattr(setting, field) for field in Setting.__slots__[1:])
+def dense_student(place: Place) -> Any:
+    """The student as it begins, in double precision."""
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_pretrained(place.teacher, dtype=torch.float64)
+    student.model.layers = torch.nn.ModuleList([student.model.layers[0], student.model.layers[2]])
+    for index, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = index
+    student.config.num_hidden_layers = 2
+    return student
 
 
 def dense(place: Place, config: RunConfig, arrays: list[dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -182,11 +189,7 @@ def dense(place: Place, config: RunConfig, arrays: list[dict[str, np.ndarray]]) 
     assert config.distill is not None
     options = config.distill.loss
     teacher = AutoModelForCausalLM.from_pretrained(place.teacher, dtype=torch.float64)
-    student = AutoModelForCausalLM.from_pretrained(place.teacher, dtype=torch.float64)
-    student.model.layers = torch.nn.ModuleList([student.model.layers[0], student.model.layers[2]])
-    for index, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = index
-    student.config.num_hidden_layers = 2
+    student = dense_student(place)
     names = ["cross-entropy", "distillation"]
     sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
     targets = 0
@@ -304,10 +307,7 @@ def test_a_teacher_with_another_tokenizer_is_compared_where_both_have_read_the_s
     config = make_config(place, stage=stage, boundaries="block", vocabulary="uld", teacher=teacher)
     results = two_ranks(first_look, config=config, place=place, name=f"foreign-{stage}")
     theirs = AutoModelForCausalLM.from_pretrained(place.foreign, dtype=torch.float64)
-    ours = AutoModelForCausalLM.from_pretrained(place.teacher, dtype=torch.float64)
-    ours.model.layers = torch.nn.ModuleList([ours.model.layers[0], ours.model.layers[2]])
-    for index, layer in enumerate(ours.model.layers):
-        layer.self_attn.layer_idx = index
+    ours = dense_student(place)
     total, compared = 0.0, 0
     for micro in (micro for result in results for micro in result[2]):
         tensors = {name: torch.from_numpy(array) for name, array in micro.items()}

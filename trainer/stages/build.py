@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +14,7 @@ from trainer.config.files import RunFiles
 from trainer.config.resolve import Arithmetic, Device, Precision, deepspeed_config
 from trainer.config.schema import RunConfig
 from trainer.data.prepared import Prepared
+from trainer.data.stream import evaluation_batches
 from trainer.engine.injection import Injector
 from trainer.engine.ranks import Ranks
 from trainer.engine.zero import Engine, Penalty
@@ -23,7 +24,7 @@ from trainer.model.groups import parameter_groups
 from trainer.objectives.objective import make_objective
 from trainer.objectives.penalty import penalty_gradient, penalty_value
 from trainer.optim.build import build_optimizer
-from trainer.records import ModelFacts
+from trainer.records import IntArray, ModelFacts
 from trainer.stability.guard import Guard
 from trainer.starts import Fence, NoFence
 from trainer.stop import StopRequest
@@ -106,6 +107,21 @@ def _make_penalty(config: RunConfig) -> Penalty | None:
         return penalty_gradient(weight, l1, l2), {"penalty": penalty_value(weight, l1, l2)}
 
     return penalty
+
+
+def held_out_batches(setting: Setting, micro: int) -> Iterator[dict[str, IntArray]]:
+    """This rank's micro-batches of an evaluation."""
+    config, ranks = setting.config, setting.ranks
+    data = config.data
+    return evaluation_batches(
+        setting.prepared.samples("held_out", data.sequence_length, data.boundaries),
+        micro=micro,
+        rank=ranks.rank,
+        ranks=ranks.world_size,
+        max_samples=config.evaluation.max_samples,
+        objective=config.objective,
+        seed=config.seed,
+    )
 
 
 def make_timer(setting: Setting, numbers: Arithmetic) -> StepTimer:

@@ -36,9 +36,6 @@ from trainer.objectives.logits import logit_distillation
 from trainer.objectives.relations import relations_sum
 from trainer.terms import Model, See, Terms
 
-CROSS_ENTROPY = DistillLossConfig(weight=0.0, cross_entropy=1.0)
-"""What a model is scored by."""
-
 
 class Distillation:
     """The objective of a distillation. `loss` is the cross-entropy with the data's labels, whatever its weight; the
@@ -54,6 +51,7 @@ class Distillation:
         self._teacher = teacher
         self._options: DistillConfig = config.distill
         self._loss: DistillLossConfig = config.distill.loss
+        self._scored = cross_entropy_only(config.distill.loss)
         self._z_loss = config.objective.z_loss
         self._classifies = config.objective.kind == "classification"
         self._sharded = config.zero.stage == 3
@@ -202,11 +200,11 @@ class Distillation:
     def _plain(self, model: Model, tensors: Mapping[str, Tensor]) -> Distilled:
         """The cross-entropy with the labels, without a teacher and without a gradient."""
         if self._head is None:
-            return logit_distillation(model(**_inputs(tensors)).logits, tensors["labels"], None, CROSS_ENTROPY)
+            return logit_distillation(model(**_inputs(tensors)).logits, tensors["labels"], None, self._scored)
         found: list[Distilled] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
-            found.append(fused_distillation(hidden, head, tensors["labels"], None, CROSS_ENTROPY))
+            found.append(fused_distillation(hidden, head, tensors["labels"], None, self._scored))
             return found[0].total
 
         self._head.run(model, _inputs(tensors), compute)
@@ -247,6 +245,11 @@ class Distillation:
         if positions is not None:
             changed["position_ids"] = _positions(input_ids, positions, rows, options.tokens, self._end)
         return changed
+
+
+def cross_entropy_only(options: DistillLossConfig) -> DistillLossConfig:
+    """What a model is scored by, as many positions at once as in training."""
+    return options.model_copy(update={"weight": 0.0, "cross_entropy": 1.0})
 
 
 def _of_classes(targets: Targets | None) -> LogitTargets:

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from trainer.data.stream import evaluation_batches
+from trainer.config.distill import DistillLossConfig
 from trainer.knowledge import DenseTargets, LogitTargets, Teacher
 from trainer.objectives.fused import fused_distillation
 from trainer.objectives.logits import logit_distillation
 from trainer.records import Evaluation
-from trainer.stages.build import Setting
+from trainer.stages.build import Setting, held_out_batches
 from trainer.stages.caching import open_knowledge
-from trainer.stages.distill import CROSS_ENTROPY
+from trainer.stages.distill import cross_entropy_only
 from trainer.stages.prepare import write_whole
 from trainer.teacher.across import AcrossTokenizers
 from trainer.teacher.build import build_teacher
@@ -100,23 +100,16 @@ def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
 
     Of a teacher that answers for the training data only (cache, server) nothing is noted.
     """
-    config, ranks = setting.config, setting.ranks
+    assert setting.config.distill is not None
+    options, ranks = cross_entropy_only(setting.config.distill.loss), setting.ranks
     box = [setting.files.teacher_scores.exists()]
     dist.broadcast_object_list(box, src=0)
     if box[0] or not isinstance(teacher, TeacherModel):
         return
-    data = config.data
-    batches = evaluation_batches(
-        setting.prepared.samples("held_out", data.sequence_length, data.boundaries),
-        micro=micro,
-        rank=ranks.rank,
-        ranks=ranks.world_size,
-        max_samples=config.evaluation.max_samples,
-        objective=config.objective,
-        seed=config.seed,
-    )
     device = torch.device(setting.device, ranks.local_rank) if setting.device == "cuda" else torch.device("cpu")
-    found = score(teacher, batches, device, partial(setting.heartbeat.beat, "evaluating"))
+    found = score(
+        teacher, held_out_batches(setting, micro), device, options, partial(setting.heartbeat.beat, "evaluating")
+    )
     if ranks.is_first:
         about: dict[str, Any] = {"loss": found.loss, **found.scores, "parameters": teacher.num_parameters}
         write_whole(setting.files.teacher_scores, json.dumps(about, indent=1))
@@ -127,9 +120,14 @@ def score(
     teacher: Teacher,
     batches: Iterable[Mapping[str, NDArray[Any]]],
     device: torch.device,
+    options: DistillLossConfig,
     alive: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Mean cross-entropy of the teacher with the labels, and its accuracy, over all ranks. A collective."""
+    """Mean cross-entropy of the teacher with the labels, and its accuracy, over all ranks. A collective.
+
+    Args:
+        options: of :func:`cross_entropy_only`.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for arrays in batches:
         alive()
@@ -138,9 +136,9 @@ def score(
         match targets:
             case DenseTargets(hidden=hidden, head=head):
                 with targets.whole():
-                    found = fused_distillation(hidden, head, labels, None, CROSS_ENTROPY)
+                    found = fused_distillation(hidden, head, labels, None, options)
             case LogitTargets(logits=logits):
-                found = logit_distillation(logits, labels, None, CROSS_ENTROPY)
+                found = logit_distillation(logits, labels, None, options)
             case _:
                 raise AssertionError("only a model can be scored")
         sums += torch.stack([found.cross_entropy.sum(), found.right, (labels >= 0).sum()]).to(sums)

@@ -24,7 +24,6 @@ from trainer.data.on_policy import OnPolicy
 from trainer.data.order import Order, Quarantine
 from trainer.data.samples import Samples
 from trainer.data.stream import Stream as DataStream
-from trainer.data.stream import evaluation_batches
 from trainer.engine.state import optimizer_kind
 from trainer.engine.zero import NO_INJECTION
 from trainer.errors import ExitCode, TrimtabError
@@ -39,7 +38,7 @@ from trainer.recovery import NoReports, Recovery, Stream
 from trainer.report.incident import IncidentReports
 from trainer.saving import Saver
 from trainer.stability.straggler import Stragglers, sentence
-from trainer.stages.build import Setting, build_engine, make_guard, make_timer
+from trainer.stages.build import Setting, build_engine, held_out_batches, make_guard, make_timer
 from trainer.stages.storage import Storage
 from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
@@ -339,15 +338,7 @@ class Training:
     def _evaluate(self, step: int) -> float | None:
         setting, config = self.setting, self.setting.config
         began = time.perf_counter()
-        batches = evaluation_batches(
-            self._samples("held_out"),
-            micro=self.numbers.micro,
-            rank=setting.ranks.rank,
-            ranks=setting.ranks.world_size,
-            max_samples=config.evaluation.max_samples,
-            objective=config.objective,
-            seed=config.seed,
-        )
+        batches = held_out_batches(setting, self.numbers.micro)
         found = self.engine.evaluate(batches, lambda: self.setting.stop.requested)
         if found is None:
             self.telemetry.message("warning", f"asked to stop: the evaluation at step {step} is given up")
