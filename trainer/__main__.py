@@ -250,6 +250,8 @@ def quieten() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bars of several ranks overwrite each other and the display
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     # DeepSpeed calls what torch 2.13 has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

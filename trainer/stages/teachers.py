@@ -95,17 +95,20 @@ class TeacherCare:
         self.verified_step = min(self.verified_step, step)
 
 
-def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
+def note_scores(setting: Setting, teacher: Teacher, micro: int) -> str | None:
     """Measure the teacher on the held-out data, once in a run, and note it in the run directory. A collective.
 
     Of a teacher that answers for the training data only (cache, server) nothing is noted.
+
+    Returns:
+        The scores for a person; None: nothing was measured now.
     """
     assert setting.config.distill is not None
     options, ranks = cross_entropy_only(setting.config.distill.loss), setting.ranks
     box = [setting.files.teacher_scores.exists()]
     dist.broadcast_object_list(box, src=0)
     if box[0] or not isinstance(teacher, TeacherModel):
-        return
+        return None
     device = torch.device(setting.device, ranks.local_rank) if setting.device == "cuda" else torch.device("cpu")
     found = score(
         teacher, held_out_batches(setting, micro), device, options, partial(setting.heartbeat.beat, "evaluating")
@@ -113,6 +116,7 @@ def note_scores(setting: Setting, teacher: Teacher, micro: int) -> None:
     if ranks.is_first:
         about: dict[str, Any] = {"loss": found.loss, **found.scores, "parameters": teacher.num_parameters}
         write_whole(setting.files.teacher_scores, json.dumps(about, indent=1))
+    return f"loss {found.loss:.4f}, accuracy {found.scores['accuracy']:.1%}"
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ class Training:
             if faults
             else NO_INJECTION
         )
+        self._untold: list[tuple[Level, str]] | None = []
         self.teacher, objective = self._open_teacher()
         self.engine = build_engine(setting, self.numbers, self.injector, objective)
         if objective is not None:
@@ -84,7 +85,6 @@ class Training:
         self.guard = make_guard(setting, self.engine)
         self._stragglers = Stragglers(ranks.world_size)
         self.telemetry: Recorder = NoTelemetry()
-        self._untold: list[tuple[Level, str]] | None = []
         self._saver: Saver | None = None
         self.storage = Storage(setting, self.engine, self.injector, flush=lambda: self.telemetry.flush(), say=self._say)
         self._excluded = Quarantine(config.data.exclude_batches)
@@ -288,7 +288,8 @@ class Training:
         model = teacher.model if isinstance(teacher, AcrossTokenizers) else teacher
         if self.injector.active and isinstance(model, TeacherModel):
             self.injector.teacher = model.tensors
-        note_scores(setting, teacher, self.numbers.micro)
+        if (scores := note_scores(setting, teacher, self.numbers.micro)) is not None:
+            self._say("info", f"the teacher on the held-out data: {scores}")
         prepared = setting.prepared
         return teacher, Distillation(teacher, config, vocabulary=prepared.vocabulary, end=prepared.eos_id)
 
