@@ -30,8 +30,10 @@ def trimtab(*arguments: str) -> None:
 
 def classifier(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[str]:
     """Teacher and students of each seed, as a table."""
-    trimtab("run", "configs/finetune-sentiment.yaml", f"runs={runs}")
-    teacher = f"distill.teacher.pretrained={runs / 'finetune-sentiment' / 'export'}"
+    exported = runs / "finetune-sentiment" / "export"
+    if not exported.exists():
+        trimtab("run", "configs/finetune-sentiment.yaml", f"runs={runs}")
+    teacher = f"distill.teacher.pretrained={exported}"
     found: dict[str, list[dict[str, Any]]] = {"teacher": [], "distilled": [], "plain": []}
     for seed in seeds:
         name = f"distill-sentiment-{seed}"

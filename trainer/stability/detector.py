@@ -120,6 +120,8 @@ class Channel:
         """Of the CUSUM."""
         self.zero_step = 0
         """Step at which the CUSUM was last 0."""
+        self.sampling = 0.0
+        """Relative standard error of the present value where it is a mean of few; σ is not believed to be less."""
 
     @property
     def usual(self) -> float:
@@ -134,7 +136,8 @@ class Channel:
     def sigma(self, unit: float = 1.0) -> float:
         """Robust standard deviation now in force, of the log or of the value itself."""
         assumed = self.tuning.first * max(0.0, 1 - self.count / FAMILIAR)
-        return max(SIGMAS_OF_DEVIATION * self.deviation, max(self.tuning.floor, assumed) * self._per(unit))
+        least = max(self.tuning.floor, assumed, self.sampling)
+        return max(SIGMAS_OF_DEVIATION * self.deviation, least * self._per(unit))
 
     def score(self, value: float, unit: float = 1.0) -> float:
         """Robust standard deviations above what was expected; 0 while nothing is known, NaN for what is not finite."""

@@ -132,8 +132,12 @@ class Guard(Rungs):
 
     # judging
 
-    def look(self, loss: float, grad_norm: float) -> Verdict:
-        """:meth:`judge` for a loop of your own: the loss and the norm of a gradient that was not applied yet."""
+    def look(self, loss: float, grad_norm: float, num_targets: int = 0) -> Verdict:
+        """:meth:`judge` for a loop of your own: the loss and the norm of a gradient that was not applied yet.
+
+        Args:
+            num_targets: tokens, or texts with a class, that the loss is the mean over; 0: many.
+        """
         self._attempts += 1
         verdict = self.judge(
             StepStats(
@@ -142,7 +146,7 @@ class Guard(Rungs):
                 step=self._steps + 1,
                 loss=loss,
                 parts={},
-                num_targets=1,
+                num_targets=num_targets,
                 grad_norm=grad_norm,
                 num_nonfinite=int(not math.isfinite(grad_norm)),
                 parameter_norms=np.zeros(0),
@@ -161,7 +165,9 @@ class Guard(Rungs):
         searching = stats.loss_scale > 1 and math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm)
         if searching:
             return self._search_scale(stats)
-        alarms = self._watch.look(stats.step, stats.loss, stats.grad_norm, stats.parts)
+        alarms = self._watch.look(
+            stats.step, stats.loss, stats.grad_norm, stats.parts, num_targets=stats.num_targets
+        )
         if not alarms:
             if pending is not None:
                 self._transient(pending, stats)

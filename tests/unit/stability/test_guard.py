@@ -43,7 +43,7 @@ def stats_of(step: int, batch: int, *, loss: float | None = None, norm: float = 
         step=step,
         loss=loss,
         parts={},
-        num_targets=100,
+        num_targets=100_000,
         grad_norm=norm * (1 + 0.1 * math.sin(5.7 * step)),
         num_nonfinite=0 if finite else 3,
         parameter_norms=np.array([norm, 0.1, 0.1]) if finite else np.array([math.nan, 0.1, 0.1]),

@@ -30,6 +30,22 @@ def test_clean_curves_do_not_alarm(shape: str, noise: str) -> None:
         assert alarms_of(Watch(), *curve(shape, noise, sigma, seed, 800)) == []
 
 
+@pytest.mark.parametrize("usual", [0.6, 0.05])
+def test_the_mean_over_few_texts_differs_from_batch_to_batch(usual: float) -> None:
+    """At first all texts are equally hard; then losses of single texts are as spread as they are large."""
+    spread = np.clip(np.arange(400) / 60 - 1, 0.05, 1)
+    for seed in range(20):
+        texts = np.random.default_rng(seed).exponential(usual, (400, 32))
+        losses = usual + (texts.mean(axis=1) - usual) * spread
+        norms = 3 * np.exp(2 * (losses - usual) / usual)
+        watch = Watch()
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            assert watch.look(step, loss, norm, num_targets=32) == ()
+            watch.accept(step, loss, norm)
+        (alarm,) = watch.look(400, 8 * usual, 3.0, num_targets=32)
+        assert (alarm.kind, alarm.channel) == ("spike", "loss")
+
+
 @pytest.mark.parametrize("step", [12, 30, 80, 200, 500])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_spike_alarms_at_its_step(shape: str, step: int) -> None:
