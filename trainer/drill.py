@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.__main__ import quieten, set_threads, settle
+from trainer.__main__ import quieten, settle, use_cpu
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.errors import SUPERVISED, ExitCode, TrimtabError
@@ -42,7 +42,7 @@ def _drill(files: RunFiles) -> int:
 
     ranks = join(device)
     if device == "cpu":
-        set_threads(files, config)
+        use_cpu(files, config)
     from trainer.stages.build import Setting
     from trainer.stages.drill import drill
     from trainer.stages.prepare import open_run, write_whole

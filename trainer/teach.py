@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.__main__ import note_end, orderly, quieten, set_threads, settle
+from trainer.__main__ import note_end, orderly, quieten, settle, use_cpu
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.teaching import writing
@@ -65,7 +65,7 @@ def _teach(files: RunFiles, stop: StopRequest, heartbeat: Heartbeat) -> int:
 
     ranks = join(device)
     if device == "cpu":
-        set_threads(files, config)
+        use_cpu(files, config)
     from trainer.stages.build import Setting
     from trainer.stages.prepare import open_run
     from trainer.stages.teach import Teaching

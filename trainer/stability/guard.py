@@ -165,9 +165,7 @@ class Guard(Rungs):
         searching = stats.loss_scale > 1 and math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm)
         if searching:
             return self._search_scale(stats)
-        alarms = self._watch.look(
-            stats.step, stats.loss, stats.grad_norm, stats.parts, num_targets=stats.num_targets
-        )
+        alarms = self._watch.look(stats.step, stats.loss, stats.grad_norm, stats.parts, num_targets=stats.num_targets)
         if not alarms:
             if pending is not None:
                 self._transient(pending, stats)
