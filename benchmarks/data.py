@@ -83,7 +83,7 @@ def plain(files: list[str], tokenizer: str, folder: str) -> tuple[float, float]:
 
 def fetch(folder: str) -> dict[str, float]:
     """Median milliseconds to assemble one batch, by objective and boundaries."""
-    from trainer.config.schema import ObjectiveConfig
+    from trainer.config.objective import ObjectiveConfig
     from trainer.data.order import Order
     from trainer.data.prepared import Prepared
     from trainer.data.stream import Stream

@@ -21,7 +21,7 @@ from statistics import linear_regression, median
 from ledgers import FOLDER, Curve, read, recipes, write
 from rules import RULES, Rule
 
-from trainer.config.schema import GuardConfig
+from trainer.config.guard import GuardConfig
 from trainer.stability.watch import Watch
 
 OURS = "Trimtab"

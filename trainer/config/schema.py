@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trainer.config.distill import DistillConfig
+from trainer.config.finetune import AugmentConfig, LoraConfig
+from trainer.config.guard import GuardConfig, SnapshotConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -34,7 +37,21 @@ class SourceConfig(Section):
     template: str | None = None
     """Jinja2 template that makes the text from a record, instead of `column`: `"{{ title }}\\n\\n{{ body }}"`."""
     label: str | None = None
-    """Column that holds the class of a record, a name or a whole number (classification)."""
+    """Column that holds the class of a record, a name or a whole number; of several labels a list, or names between
+    commas; of a regression a number; of token classification a list of tags (beside a list of words) or of spans
+    `{start, end, label}` in characters."""
+    label_from_folder: bool = False
+    """The class of a text is the name of the folder that its file lies in."""
+    pair: str | None = None
+    """Column of a second text that is classified together with the first."""
+    messages: str | None = None
+    """Column of a conversation, a list of `{role, content}`: the model learns what the assistant says."""
+    prompt: str | None = None
+    """Column of what is asked: with `answer` one turn of a conversation, the text to be translated or summarised, or
+    the question about the text."""
+    answer: str | None = None
+    """Column of what is answered: a text, or of question answering `{text, answer_start}` (SQuAD) or a passage of the
+    text."""
     classes: tuple[str, ...] = ()
     """With `label`: only records of these classes; others are left out, and counted. Empty: all."""
     use: Literal["both", "train", "held_out"] = "both"
@@ -101,6 +118,15 @@ class DataConfig(Section):
     boundaries: Literal["join", "positions", "block"] = "positions"
     """Documents within a sample: `join` ignores them; `positions` restarts the positions at each; `block` also
     keeps attention inside each document and predicts nothing across."""
+    too_long: Literal["cut", "window", "leave_out"] = "cut"
+    """Labelled texts that are longer than a sample: cut at the end, cut into windows that overlap by `stride`, or left
+    out; counted in the report."""
+    stride: NonNegativeInt = 0
+    """Tokens that neighbouring windows share."""
+    balance: Literal["none", "classes"] = "none"
+    """`classes`: an epoch sees each class equally often."""
+    augment: AugmentConfig | None = None
+    """Changes of the training texts. None: none."""
     held_out: Fraction = 0.01
     """Fraction of the documents kept for evaluation (by a hash of the text, so that it does not move when data is
     added)."""
@@ -132,6 +158,10 @@ class ModelConfig(Section):
     (the first and each K-th after it), `spread:N` (N of them evenly, the first and the last among them). None: all."""
     overrides: dict[str, Any] = {}
     """With `pretrained`: configuration fields to change (dropout, attention soft-capping, …)."""
+    dropout: Fraction | None = None
+    """Set every dropout rate of its configuration. None: as they are."""
+    lora: LoraConfig | None = None
+    """With `pretrained`: train low-rank adapters only. None: all weights."""
     initialisation: Literal["default", "residual-scaled"] = "default"
     """From scratch: `residual-scaled` divides the standard deviation of the layers that write to the residual
     stream by √(2·layers) (GPT-2)."""
@@ -141,22 +171,6 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Leave off unless you have read it."""
-
-
-class ObjectiveConfig(Section):
-    """What is minimised."""
-
-    kind: Literal["causal", "masked", "classification"] = "causal"
-    """Next token, masked tokens, or the class of a whole text (`data.sources.0.label`)."""
-    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Masked objective: fraction of each sample's tokens that are predicted (80 % masked, 10 % random, 10 % kept)."""
-    z_loss: NonNegativeFloat = 0.0
-    """Weight of the mean squared log-partition (PaLM: 1e-4); keeps the logits from drifting."""
-    l1: NonNegativeFloat = 0.0
-    """Weight of the sum of absolute decayed parameters, added to the loss."""
-    l2: NonNegativeFloat = 0.0
-    """Weight of half the sum of squared decayed parameters, added to the loss (unlike decoupled weight decay it
-    passes through Adam)."""
 
 
 class BatchConfig(Section):
@@ -181,6 +195,14 @@ class OptimConfig(Section):
     """Decoupled weight decay; norms, biases and embeddings are spared."""
     decay_embeddings: bool = False
     """Decay embeddings too."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from each layer to the one below it; the head has the full rate, the embeddings the
+    least (ELECTRA, BERT fine-tuning: 0.65 to 0.95)."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: patterns of their names (`bert.embeddings.*`), or `layers:3`, the embeddings and
+    the first three layers."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay; evaluations and exports use it. None: none."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm. 0: no limit."""
     clipping: Literal["norm", "zclip", "adagc"] = "norm"
@@ -237,6 +259,11 @@ class EvaluationConfig(Section):
 
     every: PositiveInt | None = 500
     """Steps between evaluations; there is always one at the end. None: only at the end."""
+    best: str | None = None
+    """Score by which evaluations are compared: `loss`, or one that the task has, such as `accuracy`, `f1_macro`,
+    `matthews`, `bleu`. The best checkpoint is kept and exported. None: the last one is."""
+    patience: PositiveInt | None = None
+    """With `best`: end after so many evaluations without a better one. None: never."""
     max_samples: PositiveInt | None = None
     """Evaluate on so many held-out samples, taken evenly over the split. None: all."""
 
@@ -289,60 +316,6 @@ class TelemetryConfig(Section):
     """Write TensorBoard events."""
     console: Literal["auto", "live", "lines", "quiet"] = "auto"
     """Live display on a terminal, one line a record elsewhere."""
-
-
-class SnapshotConfig(Section):
-    """Copies of the training state in host memory, to go back to inside the running job."""
-
-    every: PositiveInt | None = 25
-    """Steps between snapshots. None: none; a rollback then goes to a checkpoint on disk."""
-    keep: PositiveInt = 3
-    """Snapshots kept: each costs 12 bytes a parameter over the ranks (weights in fp32 and Adam's moments)."""
-    audit: bool = True
-    """Look through each snapshot for values that no training step can produce (a flipped bit in a weight or in a
-    moment)."""
-
-
-class GuardConfig(Section):
-    """What happens when a gradient, a loss or the state of a rank is not what it should be."""
-
-    mode: Literal["act", "watch", "off"] = "act"
-    """`act`: the whole ladder. `watch`: alarms are said and nothing is done about them but leaving out gradients that
-    are not finite. `off`: only that."""
-    spike: PositiveFloat = 8.0
-    """Sudden alarm: robust standard deviations by which the loss or the gradient norm exceeds what is usual
-    (docs/detector.md)."""
-    drift: PositiveFloat = 10.0
-    """Slow alarm: height of the CUSUM of the loss, in robust standard deviations."""
-    replay: bool = True
-    """Compute an alarming gradient once more before deciding: tells a fault of the hardware from the data."""
-    max_consecutive_skips: NonNegativeInt = 24
-    """Batches that are left out in a row. Then a new level is accepted where it is finite and consistent, else the run
-    halts."""
-    max_rollbacks: NonNegativeInt = 4
-    """Rollbacks within one incident, each deeper and wider than the one before; then the run halts with a
-    diagnosis."""
-    max_incidents: PositiveInt = 20
-    """Incidents with a rollback within any `incident_window` steps; then the run halts: it does not get on."""
-    incident_window: PositiveInt = 1000
-    """See `max_incidents`."""
-    clean_steps: PositiveInt = 10
-    """A snapshot is healthy once so many steps without an alarm followed it."""
-    quarantine_before: NonNegativeInt = 2
-    """Batches before the alarming one that a rollback leaves out with it: the update that did the harm came before."""
-    cool: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on the learning rate after a rollback that left data out. 1: no cooling."""
-    rewarm: PositiveInt = 50
-    """Steps over which the learning rate comes back from there, linearly."""
-    reset_moments: bool = False
-    """Start Adam's moments anew after a rollback that left data out."""
-    verify: PositiveInt = 20
-    """Accepted steps after which an incident is closed, if their mean loss is back on its trajectory."""
-    checksum_every: PositiveInt | None = 25
-    """Steps between comparisons of the weights that all ranks hold alike. None: never."""
-    revisit: bool = False
-    """Train on the quarantined batches in the last steps of the run, instead of new ones: most such data is harmless
-    from another state."""
 
 
 class RunConfig(Section):

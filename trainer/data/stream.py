@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
 from trainer.data.on_policy import OnPolicy

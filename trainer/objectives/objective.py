@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.objectives.losses import cross_entropy_and_squared_partition, cross_entropy_sum
 from trainer.terms import Model, See, Terms
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from trainer.config.schema import GuardConfig
+from trainer.config.guard import GuardConfig
 from trainer.records import (
     Halt,
     IncidentEvent,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import xxhash
 
@@ -92,7 +92,7 @@ def wanted_of(config: RunConfig, prepared: Prepared, split: Split) -> Wanted:
     distill, data = distill_of(config), config.data
     teacher, cache = distill.teacher, distill.cache
     classes = prepared.classes
-    assert config.objective.kind != "masked"
+    objective: Literal["causal", "classification"] = "causal" if classes is None else "classification"
     return Wanted(
         teacher=fingerprint_of(teacher, Path(cache.folder) / "hashes.json"),
         teacher_precision=None if teacher.precision == "auto" or teacher.pretrained is None else teacher.precision,
@@ -102,7 +102,7 @@ def wanted_of(config: RunConfig, prepared: Prepared, split: Split) -> Wanted:
         samples=len(prepared.samples(split, data.sequence_length, data.boundaries)),
         length=data.sequence_length,
         boundaries=data.boundaries,
-        objective=config.objective.kind,
+        objective=objective,
         targets=cache.targets,
         width=cache.top if cache.targets == "top" else cache.draws,
         precision=cache.precision,

@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from trainer.config.schema import CleanConfig, DataConfig, ObjectiveConfig, SourceConfig, TokenizerConfig
+from trainer.config.objective import ObjectiveConfig
+from trainer.config.schema import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from trainer.data.classes import class_entropy, settle, sorted_classes
 from trainer.data.labelled import LabelledSamples
 from trainer.data.order import Order

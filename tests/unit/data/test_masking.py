@@ -3,7 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.data.masking import Masking
 from trainer.data.samples import IGNORED
 from trainer.data.stream import Reader

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from test_stream import global_arrays
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.data.on_policy import OnPolicy
 from trainer.data.order import Order
 from trainer.data.stream import Stream

@@ -4,7 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.data.order import Order, Quarantine
 from trainer.data.samples import IGNORED
 from trainer.data.stream import Stream, evaluation_batches, num_evaluation_batches

@@ -10,7 +10,8 @@ from launcher.start import Request, entered, generated_files, num_samples, plan_
 from launcher.words import closing
 from trainer.config.files import RunFiles
 from trainer.config.load import load_config, read_run_config
-from trainer.config.schema import ObjectiveConfig, RunConfig
+from trainer.config.objective import ObjectiveConfig
+from trainer.config.schema import RunConfig
 from trainer.errors import LaunchError, RunDirectoryError
 
 MakeConfig = Callable[..., RunConfig]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.schema import (
     BatchConfig,
     DataConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,

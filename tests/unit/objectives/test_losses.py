@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.config.schema import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.objectives import make_objective
 from trainer.objectives.objective import sum_of
 

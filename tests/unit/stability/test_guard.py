@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainer.config.schema import GuardConfig
+from trainer.config.guard import GuardConfig
 from trainer.records import (
     Examination,
     Examine,

@@ -1,0 +1,74 @@
+"""What is minimised."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+Kind = Literal[
+    "causal",
+    "masked",
+    "classification",
+    "multi_label",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "seq2seq",
+]
+
+
+class AdversarialConfig(Section):
+    """Training on input embeddings that are moved, within a ball, to where the loss is higher."""
+
+    kind: Literal["fgm", "pgd", "freelb"]
+    """`fgm`: one step along the gradient, clean and moved loss together (Miyato et al. 2017). `pgd`: `steps` steps with
+    projection, clean and last loss together (Madry et al. 2018). `freelb`: the mean of the losses along `steps` steps
+    from a random start (Zhu et al. 2020)."""
+    epsilon: PositiveFloat = 1.0
+    """Radius: L2 norm of what is added to the embeddings of one sample."""
+    step: PositiveFloat | None = None
+    """Length of one step. None: for `fgm` the radius, else 1.5 × radius / steps."""
+    steps: PositiveInt = 3
+    """Of `pgd` and `freelb`; each costs one more pass."""
+    weight: PositiveFloat = 1.0
+    """Of the moved loss beside the clean one (`fgm`, `pgd`)."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    kind: Kind = "causal"
+    """Next token (of answers only, where sources have `messages`, or `prompt` and `answer`); masked tokens; the class
+    of a whole text, any number of classes of it, or a number (`data.sources.0.label`); the class of each word; the span
+    of a text that answers a question; another text (encoder–decoder models)."""
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Masked objective: fraction of each sample's tokens that are predicted (80 % masked, 10 % random, 10 % kept)."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of the target's probability that is spread evenly over all classes (or tokens). Held-out loss is without
+    it."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: texts of a class weigh N / (classes × texts of it) in the training loss."""
+    r_drop: NonNegativeFloat = 0.0
+    """Weight of the symmetric KL divergence between two passes with different dropout (R-Drop, Liang et al. 2021)."""
+    mixup: NonNegativeFloat = 0.0
+    """α of the Beta distribution by which embeddings and targets of two texts are mixed (Zhang et al. 2018). 0: off."""
+    adversarial: AdversarialConfig | None = None
+    """Adversarial training. None: off."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared log-partition (PaLM: 1e-4); keeps the logits from drifting."""
+    l1: NonNegativeFloat = 0.0
+    """Weight of the sum of absolute decayed parameters, added to the loss."""
+    l2: NonNegativeFloat = 0.0
+    """Weight of half the sum of squared decayed parameters, added to the loss (unlike decoupled weight decay it
+    passes through Adam)."""
+    l2_start: NonNegativeFloat = 0.0
+    """The same of what decayed parameters are away from where the run began (L2-SP, Li et al. 2018)."""
+
+
+TEXTS = ("classification", "multi_label", "regression")
+"""Kinds with one target a text."""
+EACH_ALONE = (*TEXTS, "token_classification", "question_answering", "seq2seq")
+"""Kinds whose samples are one text each, not packed."""
