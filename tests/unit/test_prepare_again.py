@@ -1,4 +1,4 @@
-"""A run that goes on does not wait for what describes its model."""
+"""A run that goes on does not wait for what describes its model, nor does another with the same."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def test_facts_are_taken_from_before_where_nothing_changed(tmp_path: Path) -> No
     facts = (run / "model.json").read_text()
     assert prepare(run) == ["0", "False", "False"]
     assert (run / "model.json").read_text() == facts
+    # nor does another run with the same model, unless what was noted is damaged
+    (run / "model.json").unlink()
+    (run / "data.json").unlink()
+    assert prepare(run) == ["0", "False", "False"]
+    assert (run / "model.json").read_text() == facts
+    (noted,) = (tmp_path / "data" / "models").iterdir()
+    noted.write_text("{")
+    (run / "data.json").unlink()
+    assert prepare(run) == ["0", "True", "True"]
+    assert noted.read_text() == (run / "model.json").read_text() == facts
     configure("model.config.n_embd=64")
     assert prepare(run) == ["0", "True", "True"]
     assert json.loads((run / "model.json").read_text())["hidden_size"] == 64

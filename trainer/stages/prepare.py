@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     if config.distill is not None:
         _check_teacher(config, prepared)
     described = _description(config, prepared.vocabulary, prepared.classes)
-    facts = _facts_before(files, described)
+    known = None if described is None else Path(config.data.prepared) / "models" / f"{described}.json"
+    facts = _facts_before(files, described) or _known_facts(known)
     if facts is None:
         # takes seconds to import, which a run that goes on need not wait for
         from trainer.model.describe import describe, describe_teacher
@@ -61,6 +62,7 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         facts = describe(config, prepared.vocabulary, prepared.classes, prepared.kept)
         if loads_teacher(config):
             write_whole(files.teacher, facts_to_json(describe_teacher(config)))
+        _remember(known, facts)
     note = {
         "path": str(prepared.path),
         "fingerprint": prepared.fingerprint,
@@ -134,6 +136,23 @@ def _facts_before(files: RunFiles, described: str | None) -> ModelFacts | None:
         return facts_from_json(files.model.read_text())
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _known_facts(path: Path | None) -> ModelFacts | None:
+    """The facts that another run with the same model noted beside the data."""
+    try:
+        return None if path is None else facts_from_json(path.read_text())
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _remember(path: Path | None, facts: ModelFacts) -> None:
+    """For further runs with this model: runs of a sweep need not import what describes it."""
+    if path is not None:
+        # what cannot be written here is found out again
+        with suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, facts_to_json(facts))
 
 
 def open_run(files: RunFiles, config: RunConfig) -> tuple[Prepared, ModelFacts]:
