@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.objective import Kind
 from trainer.data.samples import Boundaries, Samples, SourceTokens
 from trainer.data.tokenize import Frame
 from trainer.errors import DataError
@@ -22,6 +23,8 @@ _MULTIPLE = 8
 
 class LabelledSamples(Samples):
     """The labelled documents of one split, numbered through the sources in their order."""
+
+    kind: Kind = "classification"
 
     def __init__(
         self,
@@ -114,17 +117,30 @@ class LabelledSamples(Samples):
         return len(source.offsets) - 1
 
 
-def trimmed(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def trimmed(arrays: dict[str, NDArray[Any]], kind: Kind = "classification") -> dict[str, NDArray[Any]]:
     """The arrays of a micro-batch without the columns behind its longest sample, that one rounded up to 8.
 
     Args:
-        arrays: `attention_mask` [n, L] among them, and others of [n] or [n, L, …].
+        arrays: `attention_mask` [n, L] among them, and others of [n] or [n, L, …]; of `seq2seq` `decoder_input_ids`
+            and `labels` [n, Lt], which end with the longest target.
     """
     mask = arrays["attention_mask"]
-    length = mask.shape[1]
-    longest = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
-    columns = min(length, -(-longest // _MULTIPLE) * _MULTIPLE)
-    return {
-        name: np.ascontiguousarray(array[:, :columns]) if array.ndim > 1 and array.shape[1] == length else array
-        for name, array in arrays.items()
-    }
+    columns = dict.fromkeys(arrays, (mask.shape[1], _columns(mask != 0)))
+    if kind == "multi_label":
+        # their columns are classes
+        del columns["labels"]
+    elif kind == "seq2seq":
+        target = (arrays["labels"].shape[1], _columns(arrays["labels"] >= 0))
+        columns |= {"labels": target, "decoder_input_ids": target}
+    result = {}
+    for name, array in arrays.items():
+        length, used = columns.get(name, (-1, -1))
+        is_cut = array.ndim > 1 and array.shape[1] == length
+        result[name] = np.ascontiguousarray(array[:, :used]) if is_cut else array
+    return result
+
+
+def _columns(used: NDArray[np.bool_]) -> int:
+    """Columns up to the last used one, rounded up, [n, L] → at most L."""
+    longest = int(np.flatnonzero(used.any(axis=0))[-1]) + 1 if used.any() else 1
+    return min(int(used.shape[1]), -(-longest // _MULTIPLE) * _MULTIPLE)

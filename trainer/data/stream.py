@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective import EACH_ALONE, ObjectiveConfig
 from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
 from trainer.data.on_policy import OnPolicy
@@ -34,11 +34,11 @@ class Reader:
         """
         Raises:
             ConfigError: the masked objective is asked to keep attention inside documents.
-            DataError: the masked objective without a mask token; classification without classes.
+            DataError: the masked objective without a mask token; data that was prepared for another kind.
         """
-        self._labelled = isinstance(samples, LabelledSamples)
-        if self._labelled != (objective.kind == "classification"):
-            found = "has classes" if self._labelled else "has no classes"
+        self._kind = samples.kind if isinstance(samples, LabelledSamples) else None
+        if self._kind != (objective.kind if objective.kind in EACH_ALONE else None):
+            found = f"was prepared for {self._kind}" if self._kind else "has no labels"
             raise DataError(f"the data {found}, and objective.kind is {objective.kind}: see data.sources.0.label")
         if objective.kind == "masked" and samples.boundaries == "block":
             problem = (
@@ -53,13 +53,13 @@ class Reader:
         return self._masking.fetch(ids, visits) if self._masking else self.samples.fetch(ids)
 
     def num_targets(self, ids: IntArray) -> int:
-        """Labels of `fetch(ids, …)` that are no −100."""
+        """Targets of `fetch(ids, …)`: one a text, or labels that are no −100."""
         return self._masking.num_targets(ids) if self._masking else self.samples.num_targets(ids)
 
     def micro_batch(self, arrays: dict[str, NDArray[Any]], rows: slice) -> dict[str, NDArray[Any]]:
         """The rows of the arrays that are computed together, without columns that hold nothing but padding."""
         chosen = {name: array[rows] for name, array in arrays.items()}
-        return trimmed(chosen) if self._labelled else chosen
+        return trimmed(chosen, self._kind) if self._kind else chosen
 
 
 class Stream:
@@ -251,5 +251,6 @@ def evaluation_batches(
     for step in range(num_evaluation_batches(samples, micro=micro, ranks=ranks, max_samples=max_samples)):
         places = (step * ranks + rank) * micro + np.arange(micro)
         arrays = reader.fetch(chosen[np.minimum(places, total - 1)], np.zeros(micro, dtype=np.int64))
-        arrays["labels"][places >= total] = IGNORED
+        # a label that is a number may be any number
+        arrays["labels"][places >= total] = np.nan if objective.kind == "regression" else IGNORED
         yield reader.micro_batch(arrays, slice(None))

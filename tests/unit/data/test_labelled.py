@@ -375,7 +375,7 @@ def test_every_held_out_text_is_evaluated_once(run: Any, tmp_path: Path) -> None
 def test_classes_and_the_objective_go_together(run: Any, make_samples: Any, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", rows(60))
     labelled, plain = samples_of(run()), make_samples([50])
-    for samples, objective, found in ((labelled, ObjectiveConfig(), "has classes"), (plain, CLASSIFICATION, "has no")):
+    for samples, objective, found in ((labelled, ObjectiveConfig(), "was prepared"), (plain, CLASSIFICATION, "has no")):
         with pytest.raises(DataError, match=f"the data {found}.*objective.kind is {objective.kind}"):
             Stream(samples, Order(1, samples.sizes, samples.weights), batch=2, micro=1, rank=0, ranks=1,
                    objective=objective, seed=1)  # fmt: skip
