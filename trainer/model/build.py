@@ -16,10 +16,10 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
+from trainer.config.objective import EACH_ALONE
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.model.configuration import (
-    auto_class,
     check_positions,
     first_line,
     has_another_head,
@@ -27,6 +27,8 @@ from trainer.model.configuration import (
     pretrained_configuration,
     pretrained_reference,
 )
+from trainer.model.freezing import choose_trained
+from trainer.model.heads import auto_class
 from trainer.model.initialise import initialise
 from trainer.model.layers import check_places, kept_layers, layers_path, renaming
 from trainer.model.projections import attach_projections
@@ -55,7 +57,8 @@ def build_model(
         vocabulary: tokens of the run's tokenizer.
         zero3: the DeepSpeed configuration when parameters are sharded (stage 3): every rank then holds its shard only,
             and all ranks must call this together. None: the whole model, on the CPU.
-        classes: of a classifier. A pretrained head for another number of them is drawn anew.
+        classes: of a classifier, and what pads texts that are samples of their own. A pretrained head for another task,
+            or for another number of classes, is drawn anew.
         kept: ids in the pretrained model of the tokens that this one is to know, ascending, [vocabulary]; None: all.
 
     Raises:
@@ -70,6 +73,7 @@ def build_model(
     else:
         model = _from_pretrained(config, model_config, zero3, dtype, kept)
     attach_projections(model, config, zero3=zero3, dtype=dtype)
+    choose_trained(model, config, zero3=zero3, dtype=dtype)
     _adapt_positions(model, config)
     if config.model.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -104,6 +108,7 @@ def meta_model(
     if config.model.layers is not None:
         _renaming_of_kept(config, model, kept)
     attach_projections(model, config, dtype=torch.float32)
+    choose_trained(model, config, dtype=torch.float32)
     return model
 
 
@@ -325,7 +330,7 @@ def _adapt_positions(model: PreTrainedModel, config: RunConfig) -> None:
         ConfigError: attention is to stay inside documents, and the model takes no positions to tell them by.
     """
     if not takes_positions(model):
-        if config.objective.kind == "classification":
+        if config.objective.kind in EACH_ALONE:
             return
         if config.data.boundaries == "block":
             raise ConfigError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from trainer.config.schema import RunConfig
+from trainer.model.depth import distances
 from trainer.records import ParameterFacts
 
 
@@ -38,21 +40,29 @@ def parameter_facts(model: nn.Module, *, decay_embeddings: bool = False) -> tupl
     )
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: PreTrainedModel, config: RunConfig) -> list[dict[str, Any]]:
     """The optimizer's groups, `decay` before `spared`, without empty ones: dicts of `params`, `weight_decay`, `name`.
 
-    Within a group the order is that of `named_parameters`: the same on every rank and in every start.
+    With `optim.layer_decay` each of both is cut by depth, from the head to the embeddings, and a group's `lr_scale`,
+    layer_decay ^ (layers between it and the head), is a factor on its learning rate (ULMFiT, section 3.1,
+    https://arxiv.org/abs/1801.06146). Within a group the order is that of `named_parameters`: the same on every rank
+    and in every start.
+
+    Raises:
+        ConfigError: layers are to have rates of their own, and are not recognised.
     """
     by_name = dict(model.named_parameters())
     facts = parameter_facts(model, decay_embeddings=config.optim.decay_embeddings)
-    groups = [
-        {
-            "name": name,
-            "params": [by_name[fact.name] for fact in facts if fact.decay == decay],
-            "weight_decay": weight_decay,
-        }
-        for name, decay, weight_decay in (("decay", True, config.optim.weight_decay), ("spared", False, 0.0))
-    ]
+    factor = config.optim.layer_decay
+    below = distances(model) if factor != 1 else {}
+    groups: list[dict[str, Any]] = []
+    for name, decay, weight_decay in (("decay", True, config.optim.weight_decay), ("spared", False, 0.0)):
+        for distance in sorted({below.get(fact.name, 0) for fact in facts}):
+            chosen = [fact.name for fact in facts if fact.decay == decay and below.get(fact.name, 0) == distance]
+            group = {"name": name, "params": [by_name[each] for each in chosen], "weight_decay": weight_decay}
+            if factor != 1:
+                group |= {"name": f"{name}-{distance}", "lr_scale": factor**distance}
+            groups.append(group)
     return [group for group in groups if group["params"]]
 
 
