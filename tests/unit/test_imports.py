@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         f"trainer.{room}": ("trainer.config", "trainer.starts", "trainer.exclusive", *GROUND, *TENSORS)
         for room in ROOMS
     },
+    "trainer.scores": GROUND,
     "trainer.teacher": ("trainer.config", "trainer.model", *GROUND, *TENSORS),
     "trainer.faults": ("trainer.engine", "trainer.config.files", *GROUND),
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
@@ -62,6 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.report",
         "trainer.faults",
         "trainer.teacher",
+        "trainer.scores",
         *GROUND,
         *TENSORS,
         *(f"trainer.{room}" for room in ROOMS),
@@ -70,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.__main__": ("trainer",),
     "trainer.drill": ("trainer",),
     "trainer.teach": ("trainer",),
+    "trainer.evaluate": ("trainer",),
     "launcher": (
         "trainer.config",
         "trainer.telemetry.ledger",
@@ -103,6 +106,7 @@ TORCH_FREE = (
     "trainer.data.order",
     "trainer.report",
     "trainer.stability",
+    "trainer.scores",
 )
 
 
