@@ -55,8 +55,19 @@ class Objective(Protocol):
         """
         ...
 
+    def targets(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Number of targets of each sample, [B] int64; 0: nothing to learn, or an empty place of an evaluation."""
+        ...
+
     def evaluate(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the targets, each 0-dim: `loss`, the task's own, and scores such as `accuracy`."""
+        ...
+
+    def predict(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What scores are made of, by name, each [B, …]: `logits` [B, C] and `labels` (classes of texts), `values` [B]
+        and `labels` (regression), `predictions` and `labels` [B, L] (classes of words), `start_logits`, `end_logits`
+        [B, L] and `labels` [B, 2] (answers); of language models `loss`, summed over the sample's targets, and
+        `num_targets`, both [B]. Empty places are among them."""
         ...
 
     def sample_losses(self, model: Model, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,19 @@ from torch import Tensor
 from trainer.config.resolve import Arithmetic, Device, Precision, deepspeed_config
 from trainer.config.schema import RunConfig
 from trainer.engine.audit import Updates
+from trainer.engine.average import Average
 from trainer.engine.checksum import replica_checksum
 from trainer.engine.gradients import Shards, make_shards
 from trainer.engine.injection import Injector
 from trainer.engine.local import LocalNorms
 from trainer.engine.observe import LogitProbe, WeightStats, compare_weights
+from trainer.engine.origin import FrozenParts, digest_of
 from trainer.engine.own_time import OwnTime
+from trainer.engine.penalties import Penalties, Penalty
 from trainer.engine.ranks import Ranks
 from trainer.engine.stats import Own, StepVector, loss_of
 from trainer.records import Batch, Evaluation, FloatArray, ParameterFacts, StepStats, Structure
 from trainer.terms import Objective, Terms
-
-Penalty = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""1-D fp32 weights → (gradient of the penalties, their values by name)."""
-
 
 NO_INJECTION = Injector()
 
@@ -47,10 +47,14 @@ class Engine:
         deepspeed: DeepSpeed's own engine.
         updates: what was applied since the state was last put in; the audit of snapshots judges by it.
         injector: puts faults in, where a drill asks for them.
+        average: moving average of the weights; None: none is kept.
+        origin: digest of the weights that the run comes back to at every start, frozen ones among them; "": of none.
         alive: called with every micro-batch: a sign of life for who waits for one.
+        settle: waits until nobody reads the live state.
     """
 
     alive: Callable[[], None] = staticmethod(lambda: None)
+    settle: Callable[[], object] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -74,9 +78,8 @@ class Engine:
         self.updates = Updates()
         self.names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         by_name = {parameter.name: parameter for parameter in parameters}
-        self._decays = [by_name[name].decay for name in self.names]
+        decays = [by_name[name].decay for name in self.names]
         self._objective = objective
-        self._penalty = penalty
         self._parts = (*objective.parts, *penalties)
         self._numbers = numbers
         self._ranks = ranks
@@ -94,6 +97,11 @@ class Engine:
         )
         self.stage: int = config.zero.stage
         self.shards: Shards = make_shards(self.deepspeed, self.names, self.stage, ranks.rank, ranks.world_size)
+        self.average = None if config.optim.ema is None else Average(self.shards, config.optim.ema)
+        begins = config.objective.l2_start > 0
+        self.origin = digest_of(self.module, everything=begins)
+        self._frozen = FrozenParts(self.module) if self.stage == 3 else None
+        self._penalties = penalty and Penalties(self.shards, penalty, decays, keeps_starts=begins)
         terms = (*self._parts, *objective.measures)
         self._vector = StepVector(self.shards, len(self.names), terms, ranks.rank, ranks.world_size, self.device)
         self._logits = LogitProbe(self.module, self.device)
@@ -149,8 +157,8 @@ class Engine:
         self._local.clear()
         with self._logits.watching():
             sums = self._gradients(batch)
-        if self._penalty is not None:
-            sums |= self._add_penalties(self._penalty, batch.num_targets)
+        if self._penalties is not None:
+            sums |= self._penalties.add(self.loss_scale, batch.num_targets)
         self.injector.reduced(self)
         scale = self.loss_scale
         own = Own(
@@ -227,7 +235,7 @@ class Engine:
             norms = norms * np.asarray(scales)
         rate = self.injector.learning_rate(lr)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         engine._config.gradient_clipping = clip
         if hasattr(engine.optimizer, "clip_grad"):
             engine.optimizer.clip_grad = clip
@@ -236,6 +244,8 @@ class Engine:
         if applied:
             norm = math.sqrt(float(np.square(norms).sum()))
             self.updates.add(lr, min(norm, clip) if clip else norm)
+            if self.average is not None:
+                self.average.update()
             self.injector.updated(self)
         return applied
 
@@ -256,7 +266,9 @@ class Engine:
 
     def replica_checksum(self) -> float:
         """Of what all ranks hold alike, as it is on this rank: see :mod:`trainer.engine.checksum`."""
-        return replica_checksum(self.deepspeed, self.shards, self.stage)
+        own = self.average.flats if self.average is not None and self.stage == 0 else ()
+        harm = 0 if self._frozen is None else self._frozen.harm()
+        return replica_checksum(self.deepspeed, self.shards, self.stage, own, harm)
 
     def discard(self) -> None:
         """Drop the accumulated gradient: weights, optimizer and schedule stay as if the batch had not been seen."""
@@ -267,7 +279,8 @@ class Engine:
     def evaluate(
         self, batches: Iterable[Mapping[str, NDArray[Any]]], asked: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """Mean loss and scores over all targets of all ranks. All ranks give equally many batches.
+        """Mean loss and scores over all targets of all ranks, of the averaged weights where there are such. All ranks
+        give equally many batches.
 
         Args:
             asked: whether this rank was asked to stop. Once one was, all of them give the evaluation up.
@@ -275,13 +288,22 @@ class Engine:
         Returns:
             None: it was given up.
         """
+        with self.averaged():
+            return self._evaluate(batches, asked)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model computes with the moving average of its weights, where there is one. A collective."""
+        return nullcontext() if self.average is None else self.average.in_place(self.settle)
+
+    def _evaluate(self, batches: Iterable[Mapping[str, NDArray[Any]]], asked: Callable[[], bool]) -> Evaluation | None:
         self.deepspeed.eval()
         sums: dict[str, Tensor] = {}
-        count = 0
+        count = torch.zeros((), dtype=torch.float64, device=self.device)
         votes = torch.zeros(1, device=self.device)
         for number, arrays in enumerate(batches, 1):
-            add(sums, self._objective.evaluate(self.deepspeed, self._tensors(arrays)))
-            count += int((arrays["labels"] >= 0).sum())
+            tensors = self._tensors(arrays)
+            add(sums, self._objective.evaluate(self.deepspeed, tensors))
+            count += self._objective.targets(tensors).sum()
             if number % VOTE_EVERY_BATCHES == 0:
                 votes.fill_(float(asked()))
                 dist.all_reduce(votes)
@@ -289,7 +311,7 @@ class Engine:
                     self.deepspeed.train()
                     return None
         self.deepspeed.train()
-        vector = torch.stack([*sums.values(), torch.tensor(count, dtype=torch.float64, device=self.device)])
+        vector = torch.stack([*sums.values(), count])
         dist.all_reduce(vector)
         *values, total = vector.tolist()
         means = {name: value / total if total else math.nan for name, value in zip(sums, values, strict=True)}
@@ -316,10 +338,10 @@ class Engine:
         self.deepspeed.train()
         losses = torch.zeros(self._numbers.samples, dtype=torch.float64, device=self.device)
         for index, arrays in enumerate(self._seeded(batch)):
-            sums = self._objective.sample_losses(self.deepspeed, self._tensors(arrays)).double()
-            num_targets = torch.from_numpy((arrays["labels"] >= 0).reshape(len(sums), -1).sum(axis=1)).clamp(min=1)
+            tensors = self._tensors(arrays)
+            sums = self._objective.sample_losses(self.deepspeed, tensors).double()
             first = self._first_sample(index)
-            losses[first : first + len(sums)] = sums / num_targets.to(self.device)
+            losses[first : first + len(sums)] = sums / self._objective.targets(tensors).clamp(min=1)
         dist.all_reduce(losses)
         result: FloatArray = losses.cpu().numpy()
         return result
@@ -340,25 +362,6 @@ class Engine:
     def _tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         self.alive()
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
-
-    @torch.no_grad()
-    def _add_penalties(self, penalty: Penalty, num_targets: int) -> dict[str, Tensor]:
-        """Add the penalties' gradient to this rank's shards: element by element, so exact in every ZeRO stage."""
-        scale = self.loss_scale
-        sums: dict[str, Tensor] = {}
-        for fragment, gradient, weight in zip(
-            self.shards.fragments, self.shards.gradients(), self.shards.masters(), strict=True
-        ):
-            if not self._decays[fragment.parameter]:
-                continue
-            slope, values = penalty(weight)
-            gradient.add_(slope.to(gradient.dtype), alpha=scale)
-            if fragment.counted:
-                for name, value in values.items():
-                    # the terms are divided by the number of targets later on; a penalty is not a mean over them
-                    value = value.double() * max(num_targets, 1)
-                    sums[name] = sums[name] + value if name in sums else value
-        return sums
 
 
 def add(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:

@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
+from trainer.config.objective import EACH_ALONE
 from trainer.config.schema import ModelConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.model.heads import BEGIN_BEHIND_PADDING, check_objective, is_another_head, set_head
 from trainer.model.layers import cut_configuration, kept_layers
 from trainer.model.vocabulary import cut_vocabulary
 from trainer.records import Classes, IntArray
 
-logger = logging.getLogger(__name__)
-
-_AUTO_CLASSES = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
-
 _LEGACY_ROPE_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 """Not fields any more, but every class with `rope_parameters` still reads them."""
-
-_BEGIN_BEHIND_PADDING = {
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "data2vec-text",
-}
-"""Positions of these begin at the padding index + 1, so the table has as many rows that no token uses."""
-
-
-def auto_class(config: RunConfig) -> Any:
-    """The transformers auto class of the run's objective."""
-    return _AUTO_CLASSES[config.objective.kind]
 
 
 def pretrained_reference(model: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -88,12 +54,11 @@ def model_configuration(
         result = _from_fields(config.model.config or {}, vocabulary)
     else:
         result = pretrained_configuration(config.model)
-    _check_objective(config, result)
+    check_objective(config, result)
     if kept is not None and config.model.pretrained:
         _cut_vocabulary(result, kept)
     _check_vocabulary(config, result, vocabulary)
-    if config.objective.kind == "classification" and classes is not None:
-        _set_classes(config, result, classes)
+    set_head(config, result, classes)
     # caches of keys and values are for generation
     result.use_cache = False
     return result
@@ -105,7 +70,7 @@ def max_positions(model: PreTrainedConfig) -> int | None:
     value = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(value, int) or value <= 0:
         return None
-    if model.model_type in _BEGIN_BEHIND_PADDING:
+    if model.model_type in BEGIN_BEHIND_PADDING:
         return value - (text_config.pad_token_id or 0) - 1
     return value
 
@@ -216,76 +181,19 @@ def _checked(path: str, make: Any) -> PreTrainedConfig:
     return result
 
 
-def own_classes(model: PreTrainedConfig) -> tuple[str, ...] | None:
-    """Names of the classes that the weights of a configuration were trained on; None: of no classifier."""
-    if not any(name.endswith("ForSequenceClassification") for name in model.architectures or ()):
-        return None
-    names = {int(number): str(name) for number, name in (model.id2label or {}).items()}
-    return tuple(names[number] for number in sorted(names))
-
-
 def has_another_head(config: RunConfig, model: PreTrainedConfig) -> bool:
-    """Whether `model.pretrained` is a classifier, and of another number of classes than `model`."""
+    """Whether `model.pretrained` has a head for another task, or for another number of classes than `model`."""
     assert config.model.pretrained is not None
-    if config.objective.kind != "classification" or config.model.pretrained.endswith(".gguf"):
-        return False
-    own = own_classes(pretrained_configuration(config.model))
-    return own is not None and len(own) != model.num_labels
-
-
-def _set_classes(config: RunConfig, model: PreTrainedConfig, classes: Classes) -> None:
-    own = own_classes(model) if config.model.pretrained else None
-    if own is not None and len(own) == len(classes.names) and _alike(own) != _alike(classes.names):
-        theirs, ours = ", ".join(own), ", ".join(classes.names)
-        if sorted(_alike(own)) == sorted(_alike(classes.names)):
-            problem = f"has the classes {theirs}, which the data numbers as {ours}; rename them, or use another model"
-            raise ConfigError([("model.pretrained", problem)])
-        logger.warning("the head of %s is kept: its classes %s become %s", config.model.pretrained, theirs, ours)
-    model.id2label = dict(enumerate(classes.names))
-    model.label2id = {name: number for number, name in enumerate(classes.names)}
-    model.problem_type = "single_label_classification"
-    if not (config.model.pretrained and model.model_type in _BEGIN_BEHIND_PADDING):
-        # models that read from left to right classify at the last token that is no padding
-        model.pad_token_id = model.get_text_config().pad_token_id = classes.pad_id
-
-
-def _alike(names: Sequence[str]) -> list[str]:
-    return [name.casefold() for name in names]
-
-
-def _check_objective(config: RunConfig, model: PreTrainedConfig) -> None:
     kind = config.objective.kind
-    if kind == "classification":
-        if model.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-            problem = f"transformers has no classifier of sequences of type {model.model_type}"
-            raise ConfigError([("objective.kind", problem)])
-        return
-    causal = model.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = model.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    remote = config.model.trust_remote_code and hasattr(model, "auto_map")
-    if not remote and not (causal if kind == "causal" else masked):
-        other = " (it has a masked one: objective.kind=masked)" if masked else ""
-        other = " (it has a causal one: objective.kind=causal)" if causal else other
-        raise ConfigError(
-            [("objective.kind", f"transformers has no {kind} language model of type {model.model_type}{other}")]
-        )
-    if kind == "causal" and causal and masked and getattr(model, "is_decoder", True) is False:
-        where = "model.overrides" if config.model.pretrained else "model.config"
-        raise ConfigError(
-            [
-                (
-                    f"{where}.is_decoder",
-                    f"{model.model_type} sees the tokens that it is to predict unless this is true; "
-                    "set it, or use objective.kind=masked",
-                )
-            ]
-        )
+    if kind not in EACH_ALONE or kind == "seq2seq" or config.model.pretrained.endswith(".gguf"):
+        return False
+    return is_another_head(pretrained_configuration(config.model), model, kind)
 
 
 def _cut_vocabulary(model: PreTrainedConfig, kept: IntArray) -> None:
     padding = model.get_text_config().pad_token_id
     cut_vocabulary(model, kept)
-    if model.model_type in _BEGIN_BEHIND_PADDING and model.get_text_config().pad_token_id != padding:
+    if model.model_type in BEGIN_BEHIND_PADDING and model.get_text_config().pad_token_id != padding:
         text = f"the positions of a model of type {model.model_type} begin at the id of its padding, which would change"
         raise ConfigError([("data.tokenizer.keep", f"{text}; use `all`")])
 

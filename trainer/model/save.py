@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from trainer.config.objective import EACH_ALONE
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.model.build import meta_model
@@ -71,9 +73,12 @@ def save_model(
     try:
         _write_weights(_expected(model, tensors, dtype), model, partial, max_shard_bytes)
         tokenizer = _tokenizer(tokenizer_path, config.model.trust_remote_code)
-        if classes is not None and (limit := max_positions(model.config)) is not None:
-            # who classifies with `truncation=True` gets what the model can take
+        if config.objective.kind in EACH_ALONE and (limit := max_positions(model.config)) is not None:
+            # who works with `truncation=True` gets what the model can take
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        if classes is not None and tokenizer.pad_token is None:
+            # texts of several lengths at once need one
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(classes.pad_id)
         tokenizer.save_pretrained(partial)
         _write_configuration(config, model, tokenizer, partial, dtype)
     except BaseException:
@@ -176,11 +181,23 @@ def _write_configuration(
             token = getattr(tokenizer, name)
             if name not in (config.model.config or {}) and token is not None:
                 setattr(written, name, token)
+        if written.is_encoder_decoder:
+            _set_ends(config, written)
     if hasattr(written, "quantization_config"):
         del written.quantization_config
     written.save_pretrained(folder)
     if model.can_generate():
         _generation(config, model).save_pretrained(folder)
+
+
+def _set_ends(config: RunConfig, written: PreTrainedConfig) -> None:
+    """The tokens that a decoder begins and ends with: those that the architecture was published with count in another
+    vocabulary."""
+    given = config.model.config or {}
+    if "decoder_start_token_id" not in given:
+        written.decoder_start_token_id = written.pad_token_id
+    if "forced_eos_token_id" not in given and getattr(written, "forced_eos_token_id", None) is not None:
+        written.forced_eos_token_id = written.eos_token_id
 
 
 def _generation(config: RunConfig, model: PreTrainedModel) -> GenerationConfig:

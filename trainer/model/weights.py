@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
-from trainer.model.configuration import auto_class, first_line, pretrained_reference
+from trainer.model.configuration import first_line, pretrained_reference
+from trainer.model.heads import auto_class
 
 Take = Callable[[str, Tensor], None]
 """Given the name of a parameter or buffer in the model, and its value on the CPU. The value goes when it returns."""

@@ -34,6 +34,7 @@ from trainer.objectives.fused import Distilled, fused_distillation, measures_of
 from trainer.objectives.hidden import hidden_sum, token_weights
 from trainer.objectives.logits import logit_distillation
 from trainer.objectives.relations import relations_sum
+from trainer.objectives.tasks import Classification, Task
 from trainer.terms import Model, See, Terms
 
 
@@ -187,6 +188,14 @@ class Distillation:
             if name in self.parts
         }
         return Terms(total, sums, distilled.measures)
+
+    def targets(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return Task().targets(tensors["labels"])
+
+    def predict(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._classifies:
+            return Classification().predict(model(**_inputs(tensors)).logits, tensors["labels"])
+        return {"loss": self.sample_losses(model, tensors), "num_targets": self.targets(tensors)}
 
     def evaluate(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = self._plain(model, tensors)

@@ -17,8 +17,9 @@ from trainer.config.schema import ModelConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.build import frozen_model
 from trainer.model.capture import num_layers
-from trainer.model.configuration import check_positions, model_configuration, own_classes
+from trainer.model.configuration import check_positions, model_configuration
 from trainer.model.head import find_head
+from trainer.model.heads import own_classes
 from trainer.model.inner import Wanted, wanted_of_teacher
 from trainer.model.weights import read_weights
 from trainer.records import Classes, IntArray
