@@ -14,6 +14,7 @@ from typing import Literal
 
 from launcher.teacher_memory import TeacherModel, chunk_of, largest_parameter, layer_bytes, teacher_memory
 from trainer.config.memory import snapshot_bytes
+from trainer.config.objective import TEXTS
 from trainer.config.resolve import Device, Precision, arithmetic
 from trainer.config.schema import RunConfig
 from trainer.records import ModelFacts
@@ -199,8 +200,8 @@ def activation_bytes(facts: ModelFacts, config: RunConfig, element: int) -> int:
     and probabilities (length · heads, in fp32 and twice in the model's type). The loss holds, a token and vocabulary
     entry: the logits, an fp32 copy where they are not fp32, the log-probabilities and two gradients (with z-loss: the
     logits and two fp32 buffers). A distillation holds one chunk of logits instead, the gradient of the hidden states
-    and that of the head, in fp32 and as the model has it; a classifier's logits are few. With activation checkpointing
-    every layer keeps its input, and one layer at a time all of it.
+    and that of the head, in fp32 and as the model has it; the logits of a classifier are few, of tokens too. With
+    activation checkpointing every layer keeps its input, and one layer at a time all of it.
     """
     hidden, kind = facts.hidden_size, config.objective.kind
     tokens = config.batch.micro * config.data.sequence_length
@@ -209,7 +210,7 @@ def activation_bytes(facts: ModelFacts, config: RunConfig, element: int) -> int:
     if config.model.activation_checkpointing:
         layers = facts.num_layers * element * hidden + per_layer
     body = tokens * (layers + 3 * element * hidden)
-    if kind == "classification":
+    if kind in (*TEXTS, "token_classification", "question_answering"):
         return body
     if config.distill is not None:
         head = facts.vocabulary * hidden * (4 + (0 if element == 4 else element))

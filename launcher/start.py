@@ -28,6 +28,7 @@ from launcher.run_directory import (
 from trainer.config.check import check_config
 from trainer.config.files import RunFiles
 from trainer.config.load import dump_config, load_config, read_run_config
+from trainer.config.objective import EACH_ALONE
 from trainer.config.resolve import deepspeed_config, loads_teacher
 from trainer.errors import ConfigError, ExitCode, LaunchError, RunDirectoryError
 from trainer.faults.parse import parse_faults
@@ -257,9 +258,9 @@ def num_samples(files: RunFiles, config: RunConfig) -> int | None:
     """About how many samples one epoch of the prepared data has; None where its report does not say."""
     try:
         sources = json.loads(files.data.read_text(encoding="utf-8"))["report"]["sources"]
-        # a classified text is a sample, whatever its length
-        classified = config.objective.kind == "classification"
-        what, length = ("documents", 1) if classified else ("tokens", config.data.sequence_length)
+        # a text that is not packed is a sample, whatever its length
+        alone = config.objective.kind in EACH_ALONE
+        what, length = ("documents", 1) if alone else ("tokens", config.data.sequence_length)
         numbers: list[float] = [
             source.weight * int(report["train"][what])
             for source, report in zip(config.data.sources, sources, strict=True)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import reduce
-from typing import Any
 
-from trainer.config import check_distill
+from trainer.config import check_distill, check_sources
 from trainer.config.layers import parse_layers
+from trainer.config.objective import EACH_ALONE, TEXTS
 from trainer.config.resolve import Device, Precision, arithmetic, tokenizer_reference
-from trainer.config.schema import RunConfig, SourceConfig
-from trainer.config.section import Section
+from trainer.config.schema import RunConfig
+from trainer.config.section import is_set
 from trainer.errors import ConfigError
 
 Problem = tuple[str, str]
@@ -28,8 +27,8 @@ def check_config(config: RunConfig, source: str = "the config") -> list[str]:
     """
     problems = [
         *_name(config),
-        *_sources(config),
-        *_classification(config),
+        *check_sources.problems(config),
+        *_excluded(config),
         *_tokenizer(config),
         *_model(config),
         *_run(config),
@@ -82,35 +81,10 @@ def _name(config: RunConfig) -> Iterator[Problem]:
         yield "name", f"is {len(os.fsencode(name))} bytes long; file names take up to 200"
 
 
-def _sources(config: RunConfig) -> Iterator[Problem]:
-    for index, source in enumerate(config.data.sources):
-        path = f"data.sources.{index}"
-        kinds = [kind for kind in ("stdlib", "files", "hub") if getattr(source, kind)]
-        if len(kinds) != 1:
-            found = " and ".join(f"`{kind}`" for kind in kinds) or "none of them"
-            yield path, f"must have exactly one of `stdlib`, `files` and `hub`, but has {found}"
-        if source.column is not None and source.template is not None:
-            yield path, "has `column` and `template`; give the one that makes the text"
-    named = [source.name for source in config.data.sources if source.name is not None]
-    for name in sorted({name for name in named if named.count(name) > 1}):
-        yield "data.sources", f"two sources are named {name!r}; give each its own name"
+def _excluded(config: RunConfig) -> Iterator[Problem]:
     for index, (first, last) in enumerate(config.data.exclude_batches):
         if first > last:
             yield f"data.exclude_batches.{index}", f"is [first, last], but {first} comes after {last}"
-
-
-def _classification(config: RunConfig) -> Iterator[Problem]:
-    sources = config.data.sources
-    if all(source.use == "held_out" for source in sources):
-        yield "data.sources", "none is trained on: `use` is held_out everywhere"
-    if config.objective.kind != "classification":
-        return
-    for index, source in enumerate(sources):
-        path = f"data.sources.{index}.label"
-        if source.stdlib:
-            yield path, "the standard library's files have no classes; use other sources, or another objective.kind"
-        elif source.label is None:
-            yield path, "is needed: name the column of the class (objective.kind is classification)"
 
 
 def _tokenizer(config: RunConfig) -> Iterator[Problem]:
@@ -122,7 +96,7 @@ def _tokenizer(config: RunConfig) -> Iterator[Problem]:
     if tokenizer.keep == "all":
         return
     kind, path = config.objective.kind, "data.tokenizer.keep"
-    if kind != "classification":
+    if kind not in TEXTS:
         yield path, f"`used` is for classifiers, but objective.kind is {kind}; use `all`"
     if tokenizer.train is not None:
         yield path, "`used` is for tokenizers that exist, and `train` makes one; use `all`"
@@ -194,13 +168,6 @@ def _support(config: RunConfig) -> list[Problem]:
     return unsupported(config, config.cluster.device, precision)
 
 
-def _is_set(config: Section, path: str) -> bool:
-    """Whether the option differs from its default."""
-    *parents, name = path.split(".")
-    section: Any = reduce(getattr, parents, config)
-    return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
-
-
 def _steps(number: int) -> str:
     return "step" if number == 1 else f"{number} steps"
 
@@ -234,10 +201,10 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
     uses = {source.use for source in config.data.sources}
     evaluated = "held_out" in uses or (config.data.held_out > 0 and "both" in uses)
     not_held_out = "data.held_out is 0" if "both" in uses else "every source is for training (`use`)"
-    each_alone = "each text is a sample of its own (objective.kind is classification)"
+    alone, each_alone = kind in EACH_ALONE, f"each text is a sample of its own (objective.kind is {kind})"
     rules = [
         ("objective.mask_fraction", kind != "masked", f"objective.kind is {kind}"),
-        ("data.boundaries", kind == "classification", each_alone),
+        ("data.boundaries", alone, each_alone),
         ("data.held_out", "both" not in uses, "every source says where its documents go (`use`)"),
         ("schedule.decay", config.schedule.kind != "wsd", f"schedule.kind is {config.schedule.kind}"),
         ("schedule.floor", config.schedule.kind == "constant", "schedule.kind is constant"),
@@ -254,7 +221,7 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         *check_distill.without_effect(config),
     ]
     for path, idle, reason in rules:
-        if idle and _is_set(config, path):
+        if idle and is_set(config, path):
             yield path, f"has no effect: {reason}"
     yield from check_distill.warnings(config)
     if config.data.accept_changed:
@@ -263,18 +230,4 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         yield "optim.clip", "is 0: adagc clips nothing in its first 100 steps, and learns from gradients of any size"
     if config.guard.mode == "act" and config.snapshots.every is None and config.checkpoint.every is None:
         yield "guard.mode", "there is no state to go back to: neither snapshots nor checkpoints are taken on the way"
-    for index, source in enumerate(config.data.sources):
-        yield from _source_without_effect(f"data.sources.{index}", source, kind)
-
-
-def _source_without_effect(path: str, source: SourceConfig, kind: str) -> Iterator[Problem]:
-    if source.label is not None and kind != "classification":
-        yield f"{path}.label", f"has no effect: objective.kind is {kind}"
-    if source.classes and source.label is None:
-        yield f"{path}.classes", "has no effect: it belongs to `label`"
-    for name in ("split", "hub_config"):
-        if source.hub is None and _is_set(source, name):
-            yield f"{path}.{name}", "has no effect: it belongs to `hub`"
-    for name in ("column", "template"):
-        if source.stdlib and _is_set(source, name):
-            yield f"{path}.{name}", "has no effect: the standard library's files are text, not records"
+    yield from check_sources.without_effect(config)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from trainer.config.distill import DistillConfig
 from trainer.config.schema import RunConfig
+from trainer.config.section import is_set
 from trainer.config.sparse import SparseForm, sparse_problem
 
 Problem = tuple[str, str]
@@ -20,6 +21,8 @@ _SMALLEST_VOCABULARY = 256
 """No tokenizer of bytes has fewer tokens."""
 _HERE = ("replica", "zero3")
 """Places at which the model itself is asked."""
+_LEARNED = ("causal", "masked", "classification")
+"""Kinds of objectives that there is a teacher for."""
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:
@@ -68,6 +71,11 @@ def _place(config: RunConfig, distill: DistillConfig) -> Iterator[Problem]:
 
 def _objective(config: RunConfig, distill: DistillConfig) -> Iterator[Problem]:
     place, kind = distill.teacher.place, config.objective.kind
+    if kind not in _LEARNED:
+        yield "objective.kind", f"a distillation learns {', '.join(_LEARNED[:-1])} or {_LEARNED[-1]}, not {kind}"
+    for name in ("label_smoothing", "class_weights", "r_drop", "mixup", "adversarial"):
+        if is_set(config.objective, name):
+            yield f"objective.{name}", "does not go together with `distill`, which has losses of its own; leave it out"
     if place == "server" and kind != "causal":
         yield "distill.teacher.place", f"a server predicts next tokens, but objective.kind is {kind}; use replica"
     if place == "cache" and kind == "masked":

@@ -32,6 +32,8 @@ def test_a_valid_config_has_neither_problems_nor_warnings():
     assert check_config(config_with()) == []
 
 
+ASKED = {"prompt": "q", "answer": "a"}
+FOLDERS = {"files": ("*/*.txt",), "label_from_folder": True}
 CLASSIFIED = {"sources": ({"hub": "x", "label": "y"},), "tokenizer": {"train": {}}}
 
 NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
@@ -154,6 +156,51 @@ NO_SOURCE = "must have exactly one of `stdlib`, `files` and `hub`, but has "
             "is needed: name the column of the class (objective.kind is classification)",
         ),
         (
+            {"objective__kind": "regression", "data__sources": ({"hub": "x"},)},
+            "data.sources.0.label",
+            "is needed: name the column of the number (objective.kind is regression)",
+        ),
+        (
+            {"objective__kind": "classification", "data__sources": ({"hub": "x", "label_from_folder": True},)},
+            "data.sources.0.label_from_folder",
+            "is for `files`; name the column of a hub dataset in `label`",
+        ),
+        (
+            {"objective__kind": "classification", "data__sources": (FOLDERS | {"label": "y"},)},
+            "data.sources.0",
+            "has `label` and `label_from_folder`; give one of them",
+        ),
+        (
+            {"objective__kind": "seq2seq", "data__sources": ({"hub": "x", "prompt": "it"},)},
+            "data.sources.0.answer",
+            "is needed: name the column (objective.kind is seq2seq)",
+        ),
+        (
+            {"objective__kind": "question_answering", "data__sources": ({"hub": "x", "template": "t", **ASKED},)},
+            "data.sources.0.template",
+            "moves the places that labels name; give `column` (objective.kind is question_answering)",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "prompt": "q"},)},
+            "data.sources.0.answer",
+            "is needed: `prompt` and `answer` go together",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "messages": "m", **ASKED},)},
+            "data.sources.0",
+            "has `messages` and `prompt`; give the one that makes the conversation",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "messages": "m", "column": "text"},)},
+            "data.sources.0.column",
+            "makes a text, and the text of this source is made of what is asked and answered",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "messages": "m"}, {"stdlib": True})},
+            "data.sources.1",
+            "has neither `messages` nor `prompt`, which other sources have: put it into a run of its own",
+        ),
+        (
             {"objective__kind": "classification"},
             "data.sources.0.label",
             "the standard library's files have no classes; use other sources, or another objective.kind",
@@ -229,6 +276,10 @@ def test_all_contradictions_come_at_once():
         (
             {"data__sources": ({"hub": "x", "label": "y", "classes": ("a", "b")},)},
             "data.sources.0.label: has no effect: objective.kind is causal",
+        ),
+        (
+            {"data__sources": ({"hub": "x", "pair": "y"},)},
+            "data.sources.0.pair: has no effect: objective.kind is causal",
         ),
         (
             {"data__sources": ({"hub": "x", "classes": ("a", "b")},)},

@@ -149,6 +149,16 @@ def test_what_goes_together(changes: dict[str, Any]) -> None:
             "needs the teacher itself: teacher.place replica or zero3, but it is server",
         ),
         (
+            at("replica", objective__kind="regression", data__sources=({"files": ("a.csv",), "label": "n"},)),
+            "objective.kind",
+            "a distillation learns causal, masked or classification, not regression",
+        ),
+        (
+            at("replica", objective__r_drop=1.0),
+            "objective.r_drop",
+            "does not go together with `distill`, which has losses of its own; leave it out",
+        ),
+        (
             at("server", objective__kind="masked"),
             "distill.teacher.place",
             "a server predicts next tokens, but objective.kind is masked; use replica",
