@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from trainer.best import Best
 from trainer.config.schema import RunConfig
 from trainer.engine.stats import digest
 from trainer.engine.zero import Engine
@@ -79,6 +80,8 @@ class Parts:
     """Held-out loss at a step; records it. None: given up, since a rank was asked to stop."""
     saver: Saving
     heartbeat: Heartbeat
+    best: Best = field(default_factory=lambda: Best(None))
+    """Compares the evaluations; `evaluate` tells it of each."""
     teacher: TeacherWatch = NO_TEACHER
     """Looks after the weights that are learned from."""
     notice: Callable[[StepStats], None] = lambda _: None
@@ -112,10 +115,12 @@ def train(parts: Parts, progress: Progress) -> Ending:
     """
     guard, recovery, stream = parts.guard, parts.recovery, parts.stream
     position = progress.position
-    decision, stopped = 0, False
+    decision = 0
     again: Batch | None = None
     recovery.snapshot(position)
-    while position.step < parts.steps and not stopped:
+    lacking = parts.best.lacks(position.step, parts.config.evaluation.every)
+    stopped = lacking and evaluated(parts, position) is None
+    while position.step < parts.steps and not stopped and not parts.best.spent:
         parts.timer.begin()
         parts.heartbeat.beat("computing", position.step)
         batch = again or take_batch(parts, position)
@@ -154,6 +159,7 @@ def train(parts: Parts, progress: Progress) -> Ending:
             else:
                 position = went_back
                 parts.teacher.went_back(position.step)
+                parts.best.went_back(position.step)
         recovery.tell()
         parts.saver.look(applied=applied, in_incident=guard.incident > 0, step=position.step)
         progress.position = position
@@ -165,12 +171,12 @@ def train(parts: Parts, progress: Progress) -> Ending:
         if stopped:
             parts.telemetry.message("warning", f"asked to stop: saving at step {position.step}")
         elif applied:
-            upkeep(parts, position)
+            stopped = not upkeep(parts, position)
     recovery.fence()
     parts.heartbeat.beat("saving")
     parts.saver.finish(position, completed=not stopped)
     parts.heartbeat.beat("ending")
-    loss = None if stopped else parts.evaluate(position.step)
+    loss = None if stopped else evaluated(parts, position)
     return Ending(position, loss is None, loss)
 
 
@@ -236,12 +242,23 @@ def carry_out(
     return False
 
 
-def upkeep(parts: Parts, position: Position) -> None:
-    """Keep a snapshot, save and evaluate where it is due."""
+def upkeep(parts: Parts, position: Position) -> bool:
+    """Keep a snapshot, save and evaluate where it is due. Returns whether to go on."""
     if position.step == parts.steps:
-        return
+        return True
     parts.recovery.snapshot(position)
     every = parts.config.evaluation.every
-    if every and position.step % every == 0:
-        parts.evaluate(position.step)
+    if every and position.step % every == 0 and evaluated(parts, position) is None and parts.best.score:
+        # the next start evaluates here: it must be here that it begins
+        return False
     parts.saver.due(position)
+    return True
+
+
+def evaluated(parts: Parts, position: Position) -> float | None:
+    """Held-out loss; where the evaluation is better than all before, the state is saved and kept. None: given up."""
+    before, loss = parts.best.best, parts.evaluate(position.step)
+    best = parts.best.best
+    if best is not None and best != before and parts.best.score is not None:
+        parts.saver.best(position, parts.best.score, best.value)
+    return loss

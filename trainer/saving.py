@@ -29,6 +29,9 @@ class Saving(Protocol):
     def due(self, position: Position) -> None:
         """A step was made: begin to save where it is time to. A collective."""
 
+    def best(self, position: Position, score: str, value: float) -> None:
+        """The state at `position` is better than all before: save it unless that was done; keep it. A collective."""
+
     def look(self, *, applied: bool, in_incident: bool, step: int) -> None:
         """An attempt is over."""
 
@@ -49,6 +52,9 @@ class NoSaving:
     """Saves nothing: drills, benchmarks, a loop of your own."""
 
     def due(self, position: Position) -> None:
+        pass
+
+    def best(self, position: Position, score: str, value: float) -> None:
         pass
 
     def look(self, *, applied: bool, in_incident: bool, step: int) -> None:
@@ -131,10 +137,19 @@ class Saver:
             SupersededError: a newer start of the run has taken over.
         """
         every, memory_every = self._config.every, self._config.memory_every
+        if self._has(position):
+            return
         if every and (position.step % every == 0 or self._owed):
             self._begin(position)
         elif self._memory is not None and memory_every and position.step % memory_every == 0:
             self._begin_in_memory(self._memory, position)
+
+    def best(self, position: Position, score: str, value: float) -> None:
+        """The state at `position` is better than all before by a score: save it, unless that was done, and keep it for
+        as long as none is better. A collective; raises as :meth:`due`."""
+        self._store.mark_best(position.step, score, value)
+        if not self._has(position):
+            self._begin(position)
 
     def look(self, *, applied: bool, in_incident: bool, step: int) -> None:
         """Once an attempt: hear of what was committed, and prove checkpoints healthy."""
@@ -199,6 +214,10 @@ class Saver:
         self._store.close()
         if self._memory is not None:
             self._memory.close()
+
+    def _has(self, position: Position) -> bool:
+        """Whether it is saved, or that has begun."""
+        return position in (self._saved, self._request.position if self._request else None)
 
     def _begin(self, position: Position) -> None:
         began = time.perf_counter()

@@ -11,6 +11,7 @@ A directory `step-NNNNNNNN` that has a manifest is whole. All others are leftove
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.checkpoint.manifest import (
+    BEST,
     HEALTHY,
     MANIFEST,
     Manifest,
+    best_score,
     committed_steps,
     is_healthy,
     name_of,
@@ -55,6 +58,8 @@ class Folder:
         self._say = say
         self._healthy: set[int] = set()
         """Steps that were called healthy, committed or not yet."""
+        self._best: dict[int, str] = {}
+        """What is written into the checkpoints that were called best, committed or not yet."""
         self._refused: set[str] = set()
         """Damaged or rolled back, and perhaps not renamed."""
         self._told: set[str] = set()
@@ -98,6 +103,8 @@ class Folder:
         self._refused.discard(target.name)
         if manifest.step in self._healthy:
             self._mark(manifest.step)
+        if manifest.step in self._best:
+            self._mark_best(manifest.step, self._best[manifest.step])
         if aside is not None:
             self.remove(aside)
         return target
@@ -120,7 +127,7 @@ class Folder:
                 if manifest.run != self._fence.run or manifest.start > self._fence.number:
                     continue
                 if manifest.start == self._fence.number or self._fence.admits(manifest.start, step):
-                    history.append(Kept(step, is_healthy(directory)))
+                    history.append(Kept(step, is_healthy(directory), best_score(directory) is not None))
                 else:
                     self._say("info", f"{directory.name} was written by an older start that was cut off; it is deleted")
                     self.remove(directory)
@@ -174,6 +181,7 @@ class Folder:
         A newer start that has taken over is left to the next save, where all ranks hear of it together.
         """
         self._healthy = {healthy for healthy in self._healthy if healthy <= step}
+        self._best = {best: text for best, text in self._best.items() if best <= step}
         for committed in reversed(committed_steps(self.path)):
             directory = self.path / name_of(committed)
             if committed <= step or directory.name in self._refused:
@@ -199,6 +207,19 @@ class Folder:
         # the thread that commits looks at the set after its rename: one of the two sees the other
         if (self.path / name_of(step) / MANIFEST).is_file():
             self._mark(step)
+
+    def mark_best(self, step: int, score: str, value: float) -> None:
+        """The checkpoint of `step` is better than all before; it may still be on its way to the disk."""
+        text = self._best[step] = json.dumps({"score": score, "value": value})
+        if (self.path / name_of(step) / MANIFEST).is_file():
+            self._mark_best(step, text)
+
+    def forget_best(self) -> None:
+        """What was called best was so by another score."""
+        self._best.clear()
+        for step in committed_steps(self.path):
+            with suppress(OSError):
+                (self.path / name_of(step) / BEST).unlink(missing_ok=True)
 
     def clean(self) -> None:
         """At the beginning of a start: remove what older ones have left unfinished."""
@@ -290,6 +311,14 @@ class Folder:
             _sync(directory)
         except OSError as error:
             self._say("warning", f"{directory.name} could not be marked as healthy: {error}")
+
+    def _mark_best(self, step: int, text: str) -> None:
+        directory = self.path / name_of(step)
+        try:
+            (directory / BEST).write_text(text)
+            _sync(directory)
+        except OSError as error:
+            self._say("warning", f"{directory.name} could not be marked as the best: {error}")
 
     def _say_once(self, directory: Path, level: Level, text: str) -> None:
         if directory.name not in self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -23,6 +24,8 @@ from trainer.exclusive import refresh
 MANIFEST = "manifest.json"
 HEALTHY = "healthy"
 """Marker file: the steps after this checkpoint were clean. Not part of the manifest, it comes later."""
+BEST = "best"
+"""Marker file: this checkpoint was better than all before; holds by which score, and its value."""
 FORMAT: Literal[3] = 3
 CHUNK_BYTES = 1 << 22
 _NAME = re.compile(r"step-(\d{8,})")
@@ -121,6 +124,14 @@ def shard_files(directory: Path, manifest: Manifest) -> list[tuple[Path, Path]]:
 def is_healthy(directory: Path) -> bool:
     """Whether the steps after this checkpoint are known to have been clean."""
     return (directory / HEALTHY).is_file()
+
+
+def best_score(directory: Path) -> str | None:
+    """The score by which a checkpoint was better than all before; None: it was not, or that is not known."""
+    try:
+        return str(json.loads((directory / BEST).read_text())["score"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

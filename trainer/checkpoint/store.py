@@ -204,6 +204,16 @@ class CheckpointStore:
         if self._rank == 0:
             self._directories.mark_healthy(step)
 
+    def mark_best(self, step: int, score: str, value: float) -> None:
+        """The checkpoint of `step`, committed or in flight, is better than all before by a score."""
+        if self._rank == 0:
+            self._directories.mark_best(step, score, value)
+
+    def forget_best(self) -> None:
+        """No checkpoint is called best any more."""
+        if self._rank == 0:
+            self._directories.forget_best()
+
     def clean(self) -> None:
         """Remove what older starts have left unfinished; once this start has its number."""
         if self._rank == 0:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.checkpoint.manifest import (
+    BEST,
     HEALTHY,
     MANIFEST,
     FileEntry,
@@ -85,7 +86,7 @@ def _finish(
 ) -> Examined:
     if isinstance(manifest, str):
         return Examined(directory.name, step, 0, 0, 0, 0, is_healthy(directory), (manifest,), admitted=False)
-    own = {MANIFEST, HEALTHY, *(entry.name for entry in manifest.files)}
+    own = {MANIFEST, HEALTHY, BEST, *(entry.name for entry in manifest.files)}
     return Examined(
         name=directory.name,
         step=step,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.assemble import averaged_parameters, whole_parameters
-from trainer.checkpoint.manifest import is_healthy, name_of, read_manifest
+from trainer.checkpoint.manifest import best_score, is_healthy, name_of, read_manifest
 from trainer.checkpoint.store import committed_steps
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
@@ -48,15 +48,16 @@ def export_run(
     """Write the weights of a committed checkpoint, or of the average of several, one parameter at a time.
 
     Args:
-        checkpoint: its name; None: the newest of the run's history.
+        checkpoint: its name; None: where evaluations were compared (`evaluation.best`) the best, else the newest of the
+            run's history.
         dtype: fp32, bf16 or fp16; None: what the model was trained in.
         average: so many healthy checkpoints, the newest up to `checkpoint`.
 
     Raises:
         CheckpointError: there is none or there are too few, or one is damaged.
     """
-    chosen = choose(files, checkpoint, average)
     config = read_run_config(files.root)
+    chosen = choose(files, checkpoint, average, best=config.evaluation.best)
     directories = [files.checkpoints / name for name in chosen]
     dtype = dtype or read_manifest(directories[-1]).precision or "fp32"
     prepared, _ = open_run(files, config)
@@ -73,8 +74,11 @@ def export_run(
     return Exported(chosen, dtype)
 
 
-def choose(files: RunFiles, checkpoint: str | None, average: int | None) -> tuple[str, ...]:
+def choose(files: RunFiles, checkpoint: str | None, average: int | None, *, best: str | None = None) -> tuple[str, ...]:
     """Names of the checkpoints to export, oldest first: one, or `average` healthy ones of the run's history.
+
+    Args:
+        best: score by which evaluations were compared; None: they were not.
 
     Raises:
         CheckpointError: there is none, or there are fewer.
@@ -92,7 +96,9 @@ def choose(files: RunFiles, checkpoint: str | None, average: int | None) -> tupl
     if not ours:
         raise CheckpointError(f"{files.root} has no checkpoint of its present history; it has {', '.join(committed)}")
     if average is None:
-        return (ours[-1],)
+        # each was better than all before it
+        better = [name for name in ours if best is not None and best_score(files.checkpoints / name) == best]
+        return ((better or ours)[-1],)
     last = manifests[checkpoint or ours[-1]].step
     healthy = [name for name in ours if is_healthy(files.checkpoints / name) and manifests[name].step <= last]
     if len(healthy) < average:
@@ -107,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     """Export as the command line says; the exit code of the process."""
     parser = argparse.ArgumentParser(prog="python -m trainer.stages.export", description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--checkpoint", help="name below checkpoints/; by default the newest")
+    parser.add_argument("--checkpoint", help="name below checkpoints/; by default the best, else the newest")
     parser.add_argument("--average", type=_positive, metavar="N", help="average the last N healthy checkpoints")
     parser.add_argument("--output", type=Path, help="by default RUN/export")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="by default what the model was trained in")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 import torch
 
+from trainer.best import Best
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.load import dump_config
 from trainer.config.memory import copies
@@ -38,7 +39,10 @@ from trainer.recovery import NoReports, Recovery, Stream
 from trainer.report.incident import IncidentReports
 from trainer.saving import Saver
 from trainer.stability.straggler import Stragglers, sentence
-from trainer.stages.build import Setting, build_engine, held_out_batches, make_guard, make_timer
+from trainer.stages.build import Setting, build_engine, make_guard, make_timer
+from trainer.stages.held_out import evaluate_held_out
+from trainer.stages.comparing import compare, told
+from trainer.stages.comparing import ending as ending_of
 from trainer.stages.storage import Storage
 from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
@@ -86,6 +90,9 @@ class Training:
         self._stragglers = Stragglers(ranks.world_size)
         self.telemetry: Recorder = NoTelemetry()
         self._saver: Saver | None = None
+        self._best = Best(config.evaluation.best, config.evaluation.patience)
+        self._held_out: tuple[int, float] | None = None
+        """Step and loss of the newest evaluation of this start."""
         self.storage = Storage(setting, self.engine, self.injector, flush=lambda: self.telemetry.flush(), say=self._say)
         self._excluded = Quarantine(config.data.exclude_batches)
         self.resumed = self.storage.resume()
@@ -128,7 +135,11 @@ class Training:
                 memory=self.storage.memory,
                 ring=ring if saving else None,
                 describe=self._manifest,
-                notes=lambda: {"history": self.guard.history(), "ladder": self.guard.ladder()},
+                notes=lambda: {
+                    "history": self.guard.history(),
+                    "ladder": self.guard.ladder(),
+                    "best": self._best.to_json(),
+                },
                 # a state that was in memory is not on disk yet
                 resumed=self.progress.position if self.resumed and not self.resumed.from_memory else None,
                 newest=self.resumed.newest if self.resumed else None,
@@ -161,6 +172,7 @@ class Training:
                 evaluate=self._evaluate,
                 saver=saver,
                 heartbeat=self.setting.heartbeat,
+                best=self._best,
                 teacher=self._teacher_care(),
                 notice=self._notice,
             )
@@ -174,7 +186,7 @@ class Training:
             message = f"stopped by {signal} at step {step} of {steps}, everything saved; the same command goes on"
         else:
             reason, code = "completed", ExitCode.COMPLETED
-            message = f"completed {steps} steps, held-out loss {ending.held_out_loss:.4f}"
+            message = ending_of(self._best, step, steps, ending.held_out_loss)
         return Outcome(reason, code, message, step, steps, self._newest(), ending.held_out_loss, self._start)
 
     def outcome_of(self, error: BaseException) -> Outcome:
@@ -208,6 +220,9 @@ class Training:
             manifest = self.resumed.manifest
             position = Position(manifest.step, manifest.attempt, manifest.next_batch)
             self.guard.restore(self.resumed.guard["history"], self.resumed.guard["ladder"])
+            if not self._best.restore(self.resumed.guard.get("best")):
+                # what was called best was so by another score
+                self.storage.store.forget_best()
             shape = self.setting.ranks.world_size, self.engine.stage
             if (manifest.world_size, manifest.stage) != shape and (lost := self.guard.forget_ranks()):
                 self._say("warning", lost)
@@ -337,18 +352,23 @@ class Training:
                 self.telemetry.message(level, sentence(straggler, self.guard.hosts))
 
     def _evaluate(self, step: int) -> float | None:
-        setting, config = self.setting, self.setting.config
+        setting = self.setting
+        if self._held_out is not None and self._held_out[0] == step == self._best.newest:
+            # early stopping ends where it was evaluated just now
+            return self._held_out[1]
         began = time.perf_counter()
-        batches = held_out_batches(setting, self.numbers.micro)
-        found = self.engine.evaluate(batches, lambda: self.setting.stop.requested)
+        found = evaluate_held_out(setting, self.engine, self.numbers.micro, step, self._say)
         if found is None:
             self.telemetry.message("warning", f"asked to stop: the evaluation at step {step} is given up")
             return None
         seconds = time.perf_counter() - began
         scores = found.scores
-        if config.objective.kind != "classification":
-            scores = {"perplexity": math.exp(min(found.loss, 700.0)), **scores}
-        self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, scores)
+        better = compare(self._best, step, {"loss": found.loss, **scores})
+        best = told(self._best)
+        self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, scores, best)
+        if better:
+            self.telemetry.message("info", f"the best so far: {self._best}")
+        self._held_out = step, found.loss
         return found.loss
 
     def _manifest(self, position: Position) -> Manifest:

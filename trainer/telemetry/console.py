@@ -156,6 +156,8 @@ class RunView:
         if self.evaluation is not None:
             held_out = Text(f"{self.evaluation['loss']:.4f}", _alarm(self.evaluation["loss"]))
             held_out.append(f"  (step {self.evaluation['step']})", "dim")
+            if best := self.evaluation.get("best"):
+                held_out.append(f"  best {best['score']} {best['value']:.4f} (step {best['step']})", "green")
         utilisation = "–" if attempt["flop_utilisation"] is None else f"{self._mean('flop_utilisation'):.1%}"
         saved = "–" if self.checkpoint is None else f"step {self.checkpoint['step']}"
         cells: list[tuple[str, str | Text]] = [

@@ -111,9 +111,18 @@ class Recorder(Protocol):
         """Gradient norm of each part of a compound loss, before clipping."""
 
     def record_evaluation(
-        self, step: int, loss: float, num_targets: int, seconds: float, scores: Mapping[str, float] = _NO_SCORES
+        self,
+        step: int,
+        loss: float,
+        num_targets: int,
+        seconds: float,
+        scores: Mapping[str, float] = _NO_SCORES,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
-        """Held-out loss in nats a target, and further scores by name."""
+        """Held-out loss in nats a target, and further scores by name.
+
+        `best`: the best evaluation so far, this one included: `score`, `step` and `value`.
+        """
 
     def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
         """A committed checkpoint; `seconds_blocked` that the loop stood still for it."""
@@ -282,9 +291,16 @@ class Telemetry:
         self._write(lambda: {"kind": "part_norms", "step": step, "norms": fields})
 
     def record_evaluation(
-        self, step: int, loss: float, num_targets: int, seconds: float, scores: Mapping[str, float] = _NO_SCORES
+        self,
+        step: int,
+        loss: float,
+        num_targets: int,
+        seconds: float,
+        scores: Mapping[str, float] = _NO_SCORES,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
-        fields = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}
+        fields: Record = {"step": step, "loss": float(loss), "targets": num_targets, "seconds": seconds}
+        fields |= {} if best is None else {"best": dict(best)}
         found = {name: float(value) for name, value in scores.items()}
         self._write(lambda: {"kind": "evaluation", **fields, "scores": found})
 

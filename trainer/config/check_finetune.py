@@ -1,0 +1,74 @@
+"""Contradictions within a fine-tuning run: augmented texts, early stopping. The rules of `trainer.config.check`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.objective import TEXTS
+from trainer.config.schema import RunConfig
+from trainer.config.scores import names_of
+
+Problem = tuple[str, str]
+Rule = tuple[str, bool, str]
+"""(option, whether it is idle, why)"""
+
+_CHANGES = ("delete", "swap", "mask", "typos", "synonyms")
+_MOST_SWAPPED = 0.5
+"""A word that changes places with the next one takes that one's turn."""
+
+
+def problems(config: RunConfig) -> Iterator[Problem]:
+    """What contradicts what."""
+    yield from _best(config)
+    yield from _augment(config)
+
+
+def _best(config: RunConfig) -> Iterator[Problem]:
+    evaluation, kind = config.evaluation, config.objective.kind
+    if evaluation.best is None:
+        return
+    names = names_of(kind)
+    if evaluation.best not in names:
+        near = difflib.get_close_matches(evaluation.best, names, 1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        text = f"is {evaluation.best!r}, which objective.kind {kind} does not have: {', '.join(names)}{meant}"
+        yield "evaluation.best", text
+    uses = {source.use for source in config.data.sources}
+    if "held_out" not in uses and not ("both" in uses and config.data.held_out > 0):
+        yield "evaluation.best", "compares evaluations, but there is no held-out text; raise data.held_out"
+    if evaluation.patience is not None and evaluation.every is None:
+        yield "evaluation.patience", "counts evaluations, but evaluation.every is null; set it"
+
+
+def _augment(config: RunConfig) -> Iterator[Problem]:
+    augment, kind, distill = config.data.augment, config.objective.kind, config.distill
+    if augment is None:
+        return
+    if kind not in TEXTS:
+        text = f"is for texts with one target each ({', '.join(TEXTS)}), but objective.kind is {kind}: "
+        yield "data.augment", text + "there a changed text would have other targets"
+    if distill is not None and distill.teacher.place == "cache":
+        text = "gives other texts at every visit, which a cache cannot hold; set distill.teacher.place=replica"
+        yield "data.augment", text
+    if not any(getattr(augment, name) for name in _CHANGES):
+        yield "data.augment", f"changes nothing: {', '.join(_CHANGES)} are 0; raise one of them, or leave it out"
+    if augment.swap > _MOST_SWAPPED:
+        text = (
+            f"is {augment.swap:g}, but every swap takes two words: at most {_MOST_SWAPPED:g} can change with the next"
+        )
+        yield "data.augment.swap", text
+    if augment.synonyms and augment.lexicon is None:
+        yield "data.augment.lexicon", "is missing: `synonyms` takes words from it; name a file, or WordNet's folder"
+    if augment.lexicon is not None and not Path(augment.lexicon).exists():
+        yield "data.augment.lexicon", f"{augment.lexicon} does not exist; correct the path"
+
+
+def without_effect(config: RunConfig) -> list[Rule]:
+    """Options that may be idle."""
+    evaluation, augment = config.evaluation, config.data.augment
+    rules: list[Rule] = [("evaluation.patience", evaluation.best is None, "evaluation.best is null")]
+    if augment is not None:
+        rules.append(("data.augment.lexicon", not augment.synonyms, "data.augment.synonyms is 0"))
+    return rules

@@ -1,0 +1,31 @@
+"""Names of the scores that an evaluation gives, by kind of objective, and which way each gets better. Pure."""
+
+from __future__ import annotations
+
+from trainer.config.objective import Kind
+
+_LIKELIHOOD = ("perplexity", "accuracy")
+_OF_CLASSES = ("precision_macro", "recall_macro", "f1_macro")
+
+SCORES: dict[Kind, tuple[str, ...]] = {
+    "causal": _LIKELIHOOD,
+    "masked": _LIKELIHOOD,
+    "classification": ("accuracy", *_OF_CLASSES, "f1_micro", "matthews", "auc", "ece", "brier", "log_loss"),
+    "multi_label": (
+        *("f1_micro", "precision_micro", "recall_micro", *_OF_CLASSES),
+        *("f1_samples", "exact_match", "auc", "mean_average_precision"),
+    ),
+    "regression": ("pearson", "spearman", "mse", "mae"),
+    "token_classification": ("accuracy", "f1_macro", "f1", "precision", "recall"),
+    "question_answering": ("exact_match", "f1"),
+    "seq2seq": ("perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rouge_l"),
+}
+"""Beside `loss`, which every kind has."""
+
+SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "brier", "log_loss", "mse", "mae"})
+"""Errors; of all others more is better."""
+
+
+def names_of(kind: Kind) -> tuple[str, ...]:
+    """What evaluations of a kind can be compared by."""
+    return ("loss", *SCORES[kind])
