@@ -234,7 +234,7 @@ def test_votes_and_disagreement_ride_in_the_same_message(two_ranks: RankPool) ->
 
 
 def penalised(rank: int, world_size: int, config: RunConfig) -> Any:
-    def penalty(weight: torch.Tensor) -> Any:
+    def penalty(weight: torch.Tensor, _: torch.Tensor | None) -> Any:
         return 0.01 * weight.sign() + 0.1 * weight, {
             "l1": 0.01 * weight.abs().sum(),
             "l2": 0.05 * weight.square().sum(),

@@ -14,6 +14,8 @@ from torch import Tensor
 from trainer.errors import CheckpointError
 
 MASTER = "master"
+AVERAGE = "ema"
+"""The moving average of the weights, with as many elements."""
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 """Of Adam, with as many elements as the weights."""
 SCALARS = frozenset({"step"})
@@ -50,6 +52,8 @@ def admit(
     buffers: Mapping[str, Tensor],
     groups: Sequence[Mapping[str, Any]],
     counters: Sequence[str],
+    averaged: bool = False,
+    origin: str = "",
 ) -> None:
     """Refuse a state that does not belong into an engine.
 
@@ -60,6 +64,8 @@ def admit(
         buffers: the model's, by name.
         groups: the live optimizer's.
         counters: names that the counters must have.
+        averaged: there is a moving average of the weights, and must be one in the state.
+        origin: digest of the weights that the run comes back to at every start.
 
     Raises:
         CheckpointError: names the first thing that does not belong.
@@ -74,7 +80,12 @@ def admit(
             "the checkpoint was written with another ZeRO stage, number of ranks or model, and was not converted; "
             "resume with the same zero.stage, ranks and model"
         )
-    _admit_tensors(tensors, flats, known, buffers)
+    if numbers.get("origin", "") != origin:
+        raise CheckpointError(
+            "the weights that are not trained, or from which the run began, are others than those that this run "
+            "began with: model.pretrained has changed; restore it, or begin a run under another name"
+        )
+    _admit_tensors(tensors, flats, known, buffers, {MASTER, AVERAGE} if averaged else {MASTER})
     for index, scalars in numbers["scalars"].items():
         if not (isinstance(index, str) and index.isdecimal() and int(index) < len(flats)):
             raise _foreign(f"scalars of a flat tensor {index!r}")
@@ -121,15 +132,20 @@ def restored_hyperparameters(live: Mapping[str, Any], saved: Mapping[str, Any]) 
 
 
 def _admit_tensors(
-    tensors: Mapping[str, Tensor], flats: Sequence[Tensor], known: Sequence[set[str]], buffers: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor],
+    flats: Sequence[Tensor],
+    known: Sequence[set[str]],
+    buffers: Mapping[str, Tensor],
+    needed: set[str],
 ) -> None:
-    wanted = {f"flat.{index}.{MASTER}" for index in range(len(flats))} | {f"buffer.{name}" for name in buffers}
+    wanted = {f"flat.{index}.{key}" for index in range(len(flats)) for key in needed}
+    wanted |= {f"buffer.{name}" for name in buffers}
     if lacking := wanted - tensors.keys():
         raise CheckpointError(f"the checkpoint lacks the tensor {min(lacking)!r}; use another checkpoint")
     allowed = {
         f"flat.{index}.{key}": flat
         for index, flat in enumerate(flats)
-        for key in {MASTER} | MOMENTS | (known[index] - SCALARS)
+        for key in needed | MOMENTS | (known[index] - SCALARS)
     }
     for name, tensor in tensors.items():
         if name in allowed:

@@ -18,13 +18,17 @@ _FACTOR = 6364136223846793005
 """Odd: a product with it modulo 2ⁿ loses no bit."""
 
 
-def replica_checksum(engine: Any, shards: Shards, stage: int) -> float:
+def replica_checksum(engine: Any, shards: Shards, stage: int, further: Iterable[Tensor] = (), harm: int = 0) -> float:
     """A whole number below 2⁵² that changes with any flipped bit of what this rank should hold as all others do.
 
     ZeRO 0: weights, master weights and optimizer state; 1 and 2: the model's weights; 3: the small parameters that
     DeepSpeed leaves whole on every rank. In all of them the model's persistent buffers.
+
+    Args:
+        further: tensors that all ranks hold alike.
+        harm: added: not 0 where this rank has found a part damaged that it holds alone.
     """
-    return float(checksum(replicas(engine, shards, stage)))
+    return float((checksum([*replicas(engine, shards, stage), *further]) + harm) & ((1 << BITS) - 1))
 
 
 def replicas(engine: Any, shards: Shards, stage: int) -> list[Tensor]:

@@ -70,6 +70,7 @@ class SnapshotRing:
         self._stream: Any = None
         if engine.device.type == "cuda":
             self._stream = torch.cuda.Stream(engine.device)  # type: ignore[no-untyped-call]
+        engine.settle = self.fence
         self._on_device: Any = None
         """Event after the copies of the side stream; None: there are none to wait for."""
 

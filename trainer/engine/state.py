@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.engine.admission import MASTER, admit, restored_hyperparameters
+from trainer.engine.admission import AVERAGE, MASTER, admit, restored_hyperparameters
 from trainer.engine.audit import Updates
 from trainer.engine.checksum import persistent_buffers
 from trainer.engine.gradients import Fragment
@@ -25,8 +25,8 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Names are `flat.INDEX.master`, `flat.INDEX.exp_avg`, … for the flat master tensors of this rank, `buffer.NAME`
     for the model's persistent buffers. The numbers hold, as plain JSON: the fragments that say which parameter lies
-    where, the flat tensors' sizes and groups, scalar optimizer state, hyperparameters of every group, the loss scaler
-    and DeepSpeed's counters.
+    where, the flat tensors' sizes and groups, scalar optimizer state, hyperparameters of every group, the loss scaler,
+    DeepSpeed's counters, and the digest of the weights that are not among the tensors.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -39,6 +39,8 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
             else:
                 number = value.item() if isinstance(value, Tensor) else value
                 scalars.setdefault(str(index), {})[key] = number
+        if engine.average is not None:
+            own[AVERAGE] = engine.average.flats[index]
         tensors |= {f"flat.{index}.{key}": value for key, value in own.items()}
         flats.append({"num_elements": flat.numel(), "group": group, "tensors": list(own)})
     for name, buffer in persistent_buffers(engine.module):
@@ -53,6 +55,8 @@ def read_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "counters": {name: int(getattr(engine.deepspeed, name)) for name in COUNTERS},
         "accumulation": _accumulation(engine),
     }
+    if engine.origin:
+        numbers["origin"] = engine.origin
     return tensors, numbers
 
 
@@ -106,6 +110,8 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
         buffers=dict(persistent_buffers(engine.module)),
         groups=shards.inner.param_groups,
         counters=COUNTERS,
+        averaged=engine.average is not None,
+        origin=engine.origin,
     )
     counters = _counters(numbers, _accumulation(engine))
     for index, flat in enumerate(flats):
@@ -119,6 +125,8 @@ def write_state(engine: Engine, tensors: dict[str, Tensor], numbers: dict[str, A
             key = name.removeprefix(prefix)
             if key == MASTER:
                 flat.copy_(tensors[name])
+            elif key == AVERAGE and engine.average is not None:
+                engine.average.flats[index].copy_(tensors[name])
             elif key in state:
                 state[key].view(-1).copy_(tensors[name])
             else:

@@ -16,8 +16,9 @@ from trainer.config.schema import RunConfig
 from trainer.data.prepared import Prepared
 from trainer.data.stream import evaluation_batches
 from trainer.engine.injection import Injector
+from trainer.engine.penalties import Penalty
 from trainer.engine.ranks import Ranks
-from trainer.engine.zero import Engine, Penalty
+from trainer.engine.zero import Engine
 from trainer.heartbeat import Heartbeat, NoHeartbeat
 from trainer.model.build import build_model
 from trainer.model.groups import parameter_groups
@@ -99,12 +100,12 @@ def build_engine(
 
 
 def _make_penalty(config: RunConfig) -> Penalty | None:
-    l1, l2 = config.objective.l1, config.objective.l2
-    if not l1 and not l2:
+    weights = config.objective.l1, config.objective.l2, config.objective.l2_start
+    if not any(weights):
         return None
 
-    def penalty(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return penalty_gradient(weight, l1, l2), {"penalty": penalty_value(weight, l1, l2)}
+    def penalty(weight: Tensor, start: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return penalty_gradient(weight, *weights, start), {"penalty": penalty_value(weight, *weights, start)}
 
     return penalty
 
