@@ -34,6 +34,15 @@ class Classes:
     """Token behind a text that is shorter than others of its micro-batch."""
 
 
+PARTNER = "partner_"
+"""Begins the names of the arrays of mixup's partners in a micro-batch: `partner_input_ids`, `partner_labels`, …, row by
+row beside the samples' own."""
+SHARE = "mixup_share"
+"""Array of a micro-batch, [n] float32: λ, how much of a mixed sample is its own."""
+DRAWS = "draw_keys"
+"""Array of a micro-batch, [n] int64 ≥ 0: one seed a sample, of its place in the data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """This rank's part of one global batch.

@@ -1,0 +1,122 @@
+"""Adversarial training and mixup under ZeRO: gradients against one process in double precision, a sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from moved import SAMPLES, adversarial_loss, alone, batch_of, config_of, gradient, make, whole
+from pool import RankPool
+
+from trainer.config.schema import RunConfig
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fgm": {"adversarial": {"kind": "fgm", "epsilon": 0.5, "weight": 0.7}},
+    "pgd": {"adversarial": {"kind": "pgd", "epsilon": 0.5, "steps": 3}},
+    "freelb": {"adversarial": {"kind": "freelb", "epsilon": 0.5, "steps": 3, "step": 0.4}},
+    "mixup": {"mixup": 0.4},
+    "mixup and pgd": {"mixup": 0.4, "adversarial": {"kind": "pgd", "epsilon": 0.5, "steps": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+def check(results: list[dict[str, Any]], config: RunConfig, batch_index: int) -> None:
+    model, loss = alone(results[0]["weights"], config, batch_index)
+    free = config.objective.adversarial is not None and config.objective.adversarial.kind == "freelb"
+    losses = [adversarial_loss(loss, config, batch_index, place) for place in range(SAMPLES)]
+    clean, part = (sum(each) / SAMPLES for each in zip(*losses, strict=True))
+    (part if free else clean + part).backward()
+    found = whole(results)
+    expected = {name: p.grad.flatten().numpy() for name, p in model.named_parameters()}
+    largest = max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-6 * largest, err_msg=name)
+    for result in results:
+        assert result["kept"] == 0
+        assert result["loss"] == pytest.approx(clean.item(), rel=1e-5)
+        assert result["parts"].get("adversarial", 0.0) == pytest.approx(part.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_a_dense_reference(two_ranks: RankPool, method: str, stage: int) -> None:
+    # two micro-batches a rank and step; the second batch meets what the first left behind
+    config = config_of(stage, **METHODS[method])
+    check(two_ranks(gradient, config=config, batches=2), config, 1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_and_no_accumulation_equal_it_too(one_rank: RankPool, two_ranks: RankPool, stage: int) -> None:
+    # other paddings beside the same texts: a perturbation is its sample's own
+    for method in ("pgd", "freelb", "mixup and pgd"):
+        whole_batch = config_of(stage, micro=SAMPLES, **METHODS[method])
+        check(one_rank(gradient, config=whole_batch), whole_batch, 0)
+    halves = config_of(stage, micro=SAMPLES // 2, **METHODS["freelb"])
+    check(one_rank(gradient, config=halves), halves, 0)
+    check(two_ranks(gradient, config=halves), halves, 0)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputed_activations_change_nothing(two_ranks: RankPool, stage: int) -> None:
+    for method in ("pgd", "freelb"):
+        config = config_of(stage, recompute=True, **METHODS[method])
+        check(two_ranks(gradient, config=config, batches=2), config, 1)
+
+
+def replayed(rank: int, world_size: int, config: RunConfig) -> list[list[bytes]]:
+    """The gradient of one batch: at once, after another batch that was discarded, and by another engine."""
+    results = []
+    engine = make(rank, world_size, config)
+    for index in (1, 0, 1):
+        stats = engine.accumulate(batch_of(config, index, rank, world_size), attempt=index, step=0)
+        if index:
+            found = [part.numpy().tobytes() for part in engine.shards.gradients()]
+            results.append([np.float64([stats.loss, stats.parts.get("adversarial", 0.0)]).tobytes(), *found])
+        engine.discard()
+    engine = make(rank, world_size, config)
+    torch.manual_seed(99)
+    engine.accumulate(batch_of(config, 1, rank, world_size), attempt=0, step=0)
+    results.append([results[0][0], *(part.numpy().tobytes() for part in engine.shards.gradients())])
+    return results
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("method", ["pgd", "freelb", "mixup and pgd"])
+def test_a_replay_has_the_same_bits_dropout_included(two_ranks: RankPool, method: str, stage: int) -> None:
+    config = config_of(stage, dropout=0.3, **METHODS[method])
+    for first, again, other in two_ranks(replayed, config=config):
+        assert first == again == other
+
+
+def part_norms(rank: int, world_size: int, config: RunConfig) -> dict[str, float]:
+    engine = make(rank, world_size, config)
+    batch = batch_of(config, 0, rank, world_size)
+    found = engine.part_norms(batch)
+    held_out = engine.evaluate(batch.micro_batches)
+    assert held_out is not None
+    return {**found, "held out": held_out.loss, "samples": float(engine.sample_losses(batch).mean())}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parts_alone_and_scores_without_moving(two_ranks: RankPool, stage: int) -> None:
+    config = config_of(stage, **METHODS["fgm"])
+    (found, same) = two_ranks(part_norms, config=config)
+    assert found == same
+    state = two_ranks(gradient, config=config)[0]["weights"]
+    model, loss = alone(state, config, 0)
+    expected = {}
+    for index, name in enumerate(("loss", "adversarial")):
+        model.zero_grad()
+        sum(adversarial_loss(loss, config, 0, place)[index] / SAMPLES for place in range(SAMPLES)).backward()
+        expected[name] = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
+    clean = sum(loss(torch.zeros(()), place).item() / SAMPLES for place in range(SAMPLES))
+    assert found == pytest.approx({**expected, "held out": clean, "samples": clean}, rel=1e-5)
