@@ -86,7 +86,7 @@ def build_engine(
     return Engine(
         model,
         build_optimizer(parameter_groups(model, config), config, setting.device),
-        objective or make_objective(config.objective),
+        objective or make_objective(config.objective, classes=prepared.classes, class_counts=class_counts(prepared)),
         config=config,
         numbers=numbers,
         parameters=setting.facts.parameters,
@@ -97,6 +97,16 @@ def build_engine(
         penalties=() if penalty is None else ("penalty",),
         injector=injector,
     )
+
+
+def class_counts(prepared: Prepared) -> Tensor | None:
+    """Training targets of each class in one epoch, [classes]; None where there are no classes."""
+    entries = [entry for entry in prepared.manifest["arrays"] if entry["split"] == "train" and entry.get("classes")]
+    if not entries:
+        return None
+    counts = [torch.tensor(entry["classes"], dtype=torch.float64) for entry in entries]
+    passes = [prepared.weights[entry["source"]] for entry in entries]
+    return torch.stack([each * number for each, number in zip(counts, passes, strict=True)]).sum(0)
 
 
 def _make_penalty(config: RunConfig) -> Penalty | None:
