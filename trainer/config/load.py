@@ -182,6 +182,7 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
             ]
         _make_reference_absolute(source, "hub", folder)
     _make_reference_absolute(group(group(data, "data"), "tokenizer"), "path", folder)
+    _make_reference_absolute(group(group(data, "data"), "augment"), "lexicon", folder)
     _make_reference_absolute(group(data, "model"), "pretrained", folder)
     _make_reference_absolute(group(group(data, "distill"), "teacher"), "pretrained", folder)
 

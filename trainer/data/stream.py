@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.objective import EACH_ALONE, ObjectiveConfig
+from trainer.data.augment import Augmentation
 from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
 from trainer.data.on_policy import OnPolicy
@@ -82,6 +83,7 @@ class Stream:
         reading: Callable[[int], None] = lambda _: None,
         annotate: Annotate | None = None,
         on_policy: OnPolicy | None = None,
+        augment: Augmentation | None = None,
     ):
         """
         Args:
@@ -92,6 +94,7 @@ class Stream:
             annotate: called in that thread with what the objective's arrays are, before they are cut into
                 micro-batches; what it returns is put beside them.
             on_policy: samples whose end the model is to write itself; None: none.
+            augment: changes the samples; None: they stay as they are.
         """
         assert batch % (micro * ranks) == 0
         assert order.sizes == samples.sizes
@@ -100,7 +103,7 @@ class Stream:
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
         self._prefetch, self._reading, self._annotate = prefetch, reading, annotate
-        self._on_policy = on_policy
+        self._on_policy, self._augment = on_policy, augment
         self._ahead: _Ahead | None = None
         self.seek(next_batch)
 
@@ -162,7 +165,7 @@ class Stream:
         # [accumulation, ranks, micro]: this rank's column
         mine = positions.reshape(-1, self._ranks, self._micro)[:, self._rank] - positions[0]
         own = ids[mine.ravel()]
-        arrays: dict[str, NDArray[Any]] = {**self._reader.fetch(own, positions[mine.ravel()])}
+        arrays = self._fetch(own, positions[mine.ravel()])
         if self._annotate:
             arrays |= self._annotate(own, arrays)
         if self._on_policy:
@@ -177,6 +180,11 @@ class Stream:
                 for start in range(0, mine.size, self._micro)
             ),
         )
+
+    def _fetch(self, ids: IntArray, visits: IntArray) -> dict[str, NDArray[Any]]:
+        """Arrays [n, …] of samples as they are learned from."""
+        arrays: dict[str, NDArray[Any]] = {**self._reader.fetch(ids, visits)}
+        return self._augment(arrays, ids, visits) if self._augment else arrays
 
 
 class _Ahead:
