@@ -118,7 +118,8 @@ def _from_fields(fields: dict[str, Any], vocabulary: int | None) -> PreTrainedCo
     for name, default in defaults.items():
         # ids of the tokenizer that the architecture was published with; in a smaller vocabulary they point nowhere
         if name.endswith("_token_id") and isinstance(default, int) and isinstance(size, int) and default >= size:
-            fields.setdefault(name, None)
+            # some must have a decoder's start; which one is settled with the padding
+            fields.setdefault(name, 0 if name == "decoder_start_token_id" else None)
     return _checked("model.config", lambda: config_class(**fields))
 
 

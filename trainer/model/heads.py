@@ -219,10 +219,10 @@ def _set_padding(config: RunConfig, model: PreTrainedConfig, pad_id: int) -> Non
 
 def _set_start(config: RunConfig, model: PreTrainedConfig) -> None:
     """A text is written from the decoder's start token on: by default, as in T5, the padding token."""
-    if config.model.pretrained is None and "decoder_start_token_id" not in (config.model.config or {}):
-        # the architecture's own counts in the vocabulary that it was published with
-        model.decoder_start_token_id = None
-    if getattr(model, "decoder_start_token_id", None) is None:
+    given = config.model.pretrained is not None or "decoder_start_token_id" in (config.model.config or {})
+    # what an architecture has by itself counts in the vocabulary that it was published with
+    own = getattr(model, "decoder_start_token_id", None) if given else None
+    if own is None and model.pad_token_id is not None:
         model.decoder_start_token_id = model.pad_token_id
 
 
