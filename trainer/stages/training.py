@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -39,10 +38,11 @@ from trainer.recovery import NoReports, Recovery, Stream
 from trainer.report.incident import IncidentReports
 from trainer.saving import Saver
 from trainer.stability.straggler import Stragglers, sentence
+from trainer.stages.augmenting import open_augmentation
 from trainer.stages.build import Setting, build_engine, make_guard, make_timer
-from trainer.stages.held_out import evaluate_held_out
 from trainer.stages.comparing import compare, told
 from trainer.stages.comparing import ending as ending_of
+from trainer.stages.held_out import evaluate_held_out
 from trainer.stages.storage import Storage
 from trainer.telemetry.books import JOB_VARIABLE
 from trainer.telemetry.ledger import last_incident
@@ -343,6 +343,9 @@ class Training:
             reading=self.injector.reading,
             annotate=None if self.teacher is None else self.teacher.annotate,
             on_policy=self._on_policy(samples),
+            augment=open_augmentation(
+                setting.files, config, setting.prepared, samples, is_first=setting.ranks.is_first, say=self._say
+            ),
         )
 
     def _notice(self, stats: StepStats) -> None:
