@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from trainer.config.objective import EACH_ALONE, Kind
 from trainer.config.schema import DataConfig
-from trainer.data import tokenize
-from trainer.data.classes import Met, are_labelled, check_chosen, class_entropy, settle
-from trainer.data.clean import CONFLICT, EXACT, NEAR, Cleaned, clean
-from trainer.data.corpus import Document, Source
-from trainer.data.duplicates import NearDuplicates
+from trainer.data import encode, parts, tokenize
+from trainer.data.classes import OUTSIDE, Met, are_labelled, class_entropy, labels_entropy, settle
+from trainer.data.corpus import Source
+from trainer.data.encode import Encoded, ExtraTask, Marks
+from trainer.data.parts import SPLITS, Part, Progress, Tally
 from trainer.data.pool import Pool
 from trainer.data.tokenize import Choice, EncodeTask, Vocabulary
 from trainer.data.trim import require_word_pieces, trim
@@ -31,64 +29,32 @@ from trainer.records import IntArray
 
 FORMAT = 1
 """Raise it when the same input gives other files."""
-SPLITS = ("train", "held_out")
 KEPT = "kept.npy"
-Progress = Callable[[str, int, int | None], None]
-"""(stage, documents done, documents in all where that is known)"""
+OFFSETS = ("second",)
+"""Files of tokens beside those of the texts, each with its offsets."""
 
-_CHUNK_CHARACTERS = 1_000_000
-_CHUNK_DOCUMENTS = 4096
 _BYTES_WORTH_A_WORKER = 4_000_000
-_EXAMPLES = 3
+_WITH_CLASSES = {"classification", "multi_label", "token_classification"}
 
 
-@dataclass
-class Tally:
-    """What happened to the documents of one source."""
+def task_of(sources: Sequence[Source], kind: Kind | None) -> Kind | None:
+    """What the texts of the sources are for, where they are not packed as plain text: `causal` where it has answers.
 
-    documents: int = 0
-    characters: int = 0
-    repaired: Counter[str] = field(default_factory=Counter)
-    removed: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def remove(self, rule: str, document: Cleaned) -> None:
-        entry = self.removed.setdefault(rule, {"documents": 0, "characters": 0, "examples": []})
-        entry["documents"] += 1
-        entry["characters"] += document.num_characters
-        if len(entry["examples"]) < _EXAMPLES:
-            entry["examples"].append(document.name)
-
-
-@dataclass
-class Part:
-    """The clean documents of one source in one split."""
-
-    source: int
-    split: str
-    stem: Path
-    characters: int = 0
-    bytes: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    """UTF-8 bytes of each document."""
-    labels: array[int] = field(default_factory=lambda: array("q"))
-    """Of each document: the number of its class in the order in which classes were met; −1: none."""
-
-    @property
-    def text(self) -> Path:
-        """All documents, one after the other; gone when the build is done."""
-        return self.stem.with_suffix(".text")
-
-    def count(self, num_classes: int) -> IntArray:
-        """Documents of each class as it was met, [num_classes]."""
-        return np.bincount(np.frombuffer(self.labels, dtype=np.int64), minlength=num_classes)
-
-    def starts(self) -> IntArray:
-        return np.cumsum(np.concatenate([[0], np.frombuffer(self.lengths, dtype=np.int64)]), dtype=np.int64)
-
-    def texts(self) -> Iterator[str]:
-        with self.text.open("rb") as file:
-            for length in self.lengths:
-                yield file.read(length).decode()
+    Raises:
+        DataError: some sources have labels, or answers, and others do not.
+    """
+    if kind is None:
+        kind = "classification" if are_labelled(sources) else "causal"
+    if kind == "classification":
+        if not are_labelled(sources):
+            raise DataError("no source has a `label`, which objective.kind classification needs")
+        return kind
+    if kind == "causal":
+        return kind if any(source.has_answers for source in sources) else None
+    pairs = {source.config.pair is not None for source in sources}
+    if len(pairs) > 1:
+        raise DataError("some sources have a `pair` and others none: give all of them one, or none")
+    return kind if kind in EACH_ALONE else None
 
 
 def build(
@@ -99,17 +65,23 @@ def build(
     files: Sequence[Sequence[tuple[str, str]]],
     key: str,
     progress: Progress,
+    task: Kind | None = None,
 ) -> None:
     """Fill the empty `folder`; the manifest is written last.
 
     Args:
         files: (name, hash) of the files of each source.
+        task: as of :func:`task_of`.
 
     Raises:
         DataError: a document cannot be read, none is left, or the classes of the documents cannot be learned.
         ConfigError: `data.tokenizer.keep` does not fit the tokenizer.
     """
-    labelled = are_labelled(sources)
+    labelled = task in EACH_ALONE
+    pair = task == "question_answering" or (task != "seq2seq" and any(source.config.pair for source in sources))
+    extras = pair or task in {"token_classification", "seq2seq", "causal"}
+    with_classes = task in _WITH_CLASSES
+    chat = tokenize.chat(choice) if task == "causal" else None
     for split in SPLITS:
         (folder / split).mkdir()
     workers = config.workers or len(os.sched_getaffinity(0))
@@ -118,13 +90,15 @@ def build(
         known: dict[str, Any] = {}
         whole = folder / "whole" if config.tokenizer.keep == "used" else None
         if whole is not None:
-            vocabulary = tokenize.save(choice, whole, iter(()), 0, labelled=labelled)
+            vocabulary = tokenize.save(choice, whole, iter(()), 0, labelled=labelled, pair=pair)
             require_word_pieces(whole)
         met = Met()
-        parts, tallies = _clean(folder, config, sources, met, pool, progress)
-        _refuse_empty(parts, tallies)
-        classes, numbers = settle(met.names, *_by_class(parts, len(met.names))) if labelled else ((), None)
-        training = [part for part in parts if part.split == "train"]
+        found, tallies = parts.read_parts(folder, config, sources, met, pool, progress, chat=chat, extras=extras)
+        _refuse_empty(found, tallies)
+        least = 1 if task == "multi_label" else 2
+        by_class = _by_class(found, len(met.names)) if with_classes else None
+        classes, numbers = settle(met.names, *by_class, least=least) if by_class else ((), None)
+        training = [part for part in found if part.split == "train"]
         progress("tokenizer", 0, None)
         if whole is None:
             vocabulary = tokenize.save(
@@ -133,20 +107,25 @@ def build(
                 (text for part in training for text in part.texts()),
                 sum(part.characters for part in training),
                 labelled=labelled,
+                pair=pair,
             )
         else:
-            counts = _count(training, whole, vocabulary, pool)
+            counts = _count(training, whole, vocabulary, task, pool)
             kept = trim(whole, folder / "tokenizer", counts, vocabulary.special_ids)
             np.save(folder / KEPT, kept)
             shutil.rmtree(whole)
             known["kept"] = {"of": vocabulary.size, "digest": xxhash.xxh3_128_hexdigest(kept.tobytes())}
-            vocabulary = tokenize.saved_vocabulary(choice, folder / "tokenizer", labelled=labelled)
-        arrays, occurrences = _tokenise(folder, parts, vocabulary, numbers, pool, progress)
+            vocabulary = tokenize.saved_vocabulary(choice, folder / "tokenizer", labelled=labelled, pair=pair)
+        arrays, occurrences = _tokenise(folder, found, vocabulary, task, met, numbers, pool, progress)
     backend = (folder / "tokenizer" / "tokenizer.json").read_bytes()
     content = [FORMAT, vocabulary.eos_id, xxhash.xxh3_128_hexdigest(backend)]
     content += [[entry["source"], entry["split"], entry["digest"]] for entry in arrays]
     if vocabulary.frame is not None:
         known |= {"classes": classes, "frame": asdict(vocabulary.frame)}
+    if vocabulary.pair is not None:
+        known["pair"] = asdict(vocabulary.pair)
+    if task not in {None, "classification"}:
+        known["kind"] = task
     if known:
         content.append(known)
     manifest = {
@@ -178,8 +157,15 @@ def build(
         "unigram_entropy": None if labelled else unigram_entropy(occurrences["train"], occurrences["held_out"]),
         **known,
     }
-    if numbers is not None:
-        manifest["class_entropy"] = class_entropy(*(_renumbered(n, numbers) for n in _by_class(parts, len(numbers))))
+    if labelled:
+        manifest["class_entropy"] = None
+    if by_class is not None and numbers is not None:
+        train, held_out = (_renumbered(counts, numbers) for counts in by_class)
+        if task == "multi_label":
+            documents = [sum(len(p.lengths) for p in found if p.split == split) for split in SPLITS]
+            manifest["class_entropy"] = labels_entropy(train, held_out, *documents)
+        elif task == "classification":
+            manifest["class_entropy"] = class_entropy(train, held_out)
     with (folder / "manifest.json").open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -195,85 +181,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _clean(
-    folder: Path, config: DataConfig, sources: Sequence[Source], met: Met, pool: Pool, progress: Progress
-) -> tuple[list[Part], list[Tally]]:
-    known = [source.num_documents for source in sources]
-    total = None if None in known else sum(filter(None, known))
-    parts: list[Part] = []
-    tallies: list[Tally] = []
-    exact: dict[int, int] = {}
-    """Digest of a text → number of its class."""
-    near = NearDuplicates(config.clean.near_duplicates) if config.clean.near_duplicates is not None else None
-    for index, source in enumerate(sources):
-        tally = Tally()
-        tallies.append(tally)
-        own = {split: Part(index, split, folder / split / f"{index:03d}") for split in SPLITS}
-        parts += own.values()
-        with ExitStack() as stack:
-            texts = {split: stack.enter_context(part.text.open("wb")) for split, part in own.items()}
-            names = {
-                split: stack.enter_context(part.stem.with_suffix(".names").open("wb")) for split, part in own.items()
-            }
-            wash = partial(clean, config=config.clean, classes=source.config.classes)
-            seen: set[str] = set()
-            for documents, signatures in pool.map(wash, _chunks(source.documents())):
-                row = -1
-                for document in documents:
-                    tally.documents += 1
-                    tally.characters += document.num_characters
-                    tally.repaired.update(document.repairs)
-                    rule = document.rule
-                    row += rule is None
-                    if document.label is not None:
-                        seen.add(document.label)
-                    number = met.number(document.label)
-                    if rule is None and config.clean.exact_duplicates:
-                        if document.digest in exact:
-                            rule = EXACT if exact[document.digest] == number else CONFLICT
-                        else:
-                            exact[document.digest] = number
-                    if rule is None and near is not None and signatures is not None:
-                        if near.find(signatures[row]) is None:
-                            near.add(signatures[row])
-                        else:
-                            rule = NEAR
-                    if rule is not None:
-                        tally.remove(rule, document)
-                        continue
-                    # by the text alone: a document stays in its split when others come and go
-                    hashed = "held_out" if document.digest < config.held_out * 2**128 else "train"
-                    part = own[hashed if source.config.use == "both" else source.config.use]
-                    split = part.split
-                    texts[split].write(document.text)
-                    name = document.name.replace("\n", " ").replace("\r", " ")
-                    names[split].write(name.encode("utf-8", "backslashreplace") + b"\n")
-                    part.lengths.append(len(document.text))
-                    part.labels.append(number)
-                    part.characters += document.num_characters
-                    part.bytes += len(document.text)
-                progress("cleaning", sum(each.documents for each in tallies), total)
-            check_chosen(source, seen)
-    return parts, tallies
-
-
-def _by_class(parts: Sequence[Part], num_classes: int) -> tuple[IntArray, IntArray]:
+def _by_class(found: Sequence[Part], num_classes: int) -> tuple[IntArray, IntArray]:
     """Documents of each class as it was met, of the train and of the held-out split, each [num_classes]."""
     totals = {split: np.zeros(num_classes, dtype=np.int64) for split in SPLITS}
-    for part in parts:
+    for part in found:
         totals[part.split] += part.count(num_classes)
     return totals["train"], totals["held_out"]
 
@@ -286,8 +197,8 @@ def _renumbered(counts: IntArray, numbers: IntArray) -> IntArray:
     return result
 
 
-def _refuse_empty(parts: Sequence[Part], tallies: Sequence[Tally]) -> None:
-    if any(part.lengths for part in parts):
+def _refuse_empty(found: Sequence[Part], tallies: Sequence[Tally]) -> None:
+    if any(part.lengths for part in found):
         return
     removed: Counter[str] = Counter()
     for tally in tallies:
@@ -299,8 +210,10 @@ def _refuse_empty(parts: Sequence[Part], tallies: Sequence[Tally]) -> None:
 
 def _tokenise(
     folder: Path,
-    parts: Sequence[Part],
+    found: Sequence[Part],
     vocabulary: Vocabulary,
+    task: Kind | None,
+    met: Met,
     numbers: IntArray | None,
     pool: Pool,
     progress: Progress,
@@ -311,26 +224,27 @@ def _tokenise(
         numbers: the number of each class as it was met, [met]; None where there are no classes.
     """
     counts = {split: np.zeros(vocabulary.size, dtype=np.int64) for split in SPLITS}
-    total, done = sum(len(part.lengths) for part in parts), 0
+    total, done = sum(len(part.lengths) for part in found), 0
     arrays = []
-    for part in parts:
+    for part in found:
         digest, lengths = xxhash.xxh3_128(), [np.zeros(1, dtype=np.int64)]
         unknown = 0
-        tasks = _tasks(part, folder / "tokenizer" / "tokenizer.json", vocabulary)
+        more: dict[str, list[Any]] = {}
         with part.stem.with_suffix(".tokens").open("wb") as file:
-            for tokens, own_lengths in pool.map(tokenize.encode, tasks):
-                file.write(tokens.data)
-                digest.update(tokens.data)
-                occurrences = np.bincount(tokens, minlength=vocabulary.size)
+            for encoded in _encoded(part, folder / "tokenizer" / "tokenizer.json", vocabulary, task, met, pool):
+                file.write(encoded.tokens.data)
+                digest.update(encoded.tokens.data)
+                occurrences = np.bincount(encoded.tokens, minlength=vocabulary.size)
                 counts[part.split] += occurrences
                 unknown += int(occurrences[vocabulary.unknown_id]) if vocabulary.unknown_id is not None else 0
-                lengths.append(own_lengths)
-                done += len(own_lengths)
+                lengths.append(encoded.lengths)
+                for name, array in encoded.arrays.items():
+                    more.setdefault(name, []).append(array)
+                done += len(encoded.lengths)
                 progress("tokenising", done, total)
         offsets = np.cumsum(np.concatenate(lengths))
         digest.update(offsets.data)
         np.save(part.stem.with_suffix(".offsets.npy"), offsets)
-        part.text.unlink()
         entry = {
             "source": part.source,
             "split": part.split,
@@ -340,32 +254,113 @@ def _tokenise(
             "tokens": int(offsets[-1]),
             "unknown_tokens": unknown,
         }
+        files = {name: np.concatenate(pieces) for name, pieces in more.items()}
+        if task == "token_classification" and numbers is not None and "marks" in files:
+            marks = files["marks"]
+            files["marks"] = np.where(marks >= 0, numbers[np.maximum(marks, 0)], marks).astype(np.int32)
+        if task == "question_answering":
+            _keep_text(part, entry)
+        else:
+            part.text.unlink()
+        part.extra.unlink(missing_ok=True)
+        files |= _labels(part, task, numbers)
         if numbers is not None:
-            labels = numbers[np.frombuffer(part.labels, dtype=np.int64)]
-            np.save(part.stem.with_suffix(".labels.npy"), labels)
-            digest.update(labels.data)
             entry["classes"] = _renumbered(part.count(len(numbers)), numbers).tolist()
+        if "second_lengths" in files:
+            lengths = [np.zeros(1, dtype=np.int64), files.pop("second_lengths")]
+            files["second_offsets"] = np.cumsum(np.concatenate(lengths))
+        for name, array in sorted(files.items()):
+            digest.update(np.ascontiguousarray(array).data)
+            np.save(part.stem.with_suffix(f".{name}.npy"), array)
+        if task not in {None, "classification"} or len(files) > 1:
+            entry["files"] = {name: array.nbytes for name, array in sorted(files.items())}
         arrays.append({**entry, "digest": digest.hexdigest()})
     return arrays, counts
 
 
-def _count(parts: Sequence[Part], tokenizer: Path, vocabulary: Vocabulary, pool: Pool) -> IntArray:
+def _labels(part: Part, task: Kind | None, numbers: IntArray | None) -> dict[str, Any]:
+    """What is to be predicted of each document, by the name of its file."""
+    if task == "regression":
+        return {"labels": np.frombuffer(part.numbers, dtype=np.float32)}
+    if numbers is None or task == "token_classification":
+        return {}
+    labels = numbers[np.frombuffer(part.labels, dtype=np.int64)]
+    if task == "classification":
+        return {"labels": labels}
+    table = np.zeros((len(part.lengths), int(numbers.max()) + 1), dtype=np.uint8)
+    table[np.repeat(np.arange(len(table)), np.frombuffer(part.label_counts, dtype=np.int64)), labels] = 1
+    return {"labels": table}
+
+
+def _keep_text(part: Part, entry: dict[str, Any]) -> None:
+    """Answers are passages of the text as it is written, which the tokens may not give back."""
+    starts = part.starts()
+    np.save(part.stem.with_suffix(".text_offsets.npy"), starts)
+    part.text.rename(part.stem.with_suffix(".texts"))
+    given = part.stem.with_suffix(".answers")
+    with part.extra.open("rb") as file, given.open("w", encoding="utf-8") as answers:
+        for length in part.extra_lengths:
+            spans = [span[:2] for span in json.loads(file.read(length))["spans"]]
+            answers.write(json.dumps(spans) + "\n")
+    entry["answers"] = given.stat().st_size
+
+
+def _encoded(
+    part: Part, tokenizer: Path, vocabulary: Vocabulary, task: Kind | None, met: Met, pool: Pool
+) -> Iterator[Encoded]:
+    """The documents of a part as tokens, some at a time."""
+    if part.extra_starts() is None:
+        tasks = _tasks(part, tokenizer, vocabulary)
+        yield from (Encoded(tokens, lengths, {}) for tokens, lengths in pool.map(tokenize.encode, tasks))
+    else:
+        yield from pool.map(encode.encode, _extra_tasks(part, tokenizer, vocabulary, task, met))
+
+
+def _count(found: Sequence[Part], tokenizer: Path, vocabulary: Vocabulary, task: Kind | None, pool: Pool) -> IntArray:
     """How often each token occurs, [vocabulary]."""
     counts = np.zeros(vocabulary.size, dtype=np.int64)
-    for part in parts:
-        for tokens, _ in pool.map(tokenize.encode, _tasks(part, tokenizer / "tokenizer.json", vocabulary)):
-            counts += np.bincount(tokens, minlength=vocabulary.size)
+    for part in found:
+        for encoded in _encoded(part, tokenizer / "tokenizer.json", vocabulary, task, Met(), pool):
+            for tokens in (encoded.tokens, encoded.arrays.get("second")):
+                if tokens is not None:
+                    counts += np.bincount(tokens, minlength=vocabulary.size)
     return counts
+
+
+def _ranges(part: Part) -> Iterator[tuple[int, int]]:
+    """Documents of each task for a worker: the first, and the one after the last."""
+    starts = part.starts()
+    begin = 0
+    while begin < len(part.lengths):
+        end = int(np.searchsorted(starts, starts[begin] + parts.CHUNK_CHARACTERS))
+        end = min(max(end, begin + 1), begin + parts.CHUNK_DOCUMENTS, len(part.lengths))
+        yield begin, end
+        begin = end
 
 
 def _tasks(part: Part, tokenizer: Path, vocabulary: Vocabulary) -> Iterator[EncodeTask]:
     starts = part.starts()
-    begin = 0
-    while begin < len(part.lengths):
-        end = int(np.searchsorted(starts, starts[begin] + _CHUNK_CHARACTERS))
-        end = min(max(end, begin + 1), begin + _CHUNK_DOCUMENTS, len(part.lengths))
+    for begin, end in _ranges(part):
         yield EncodeTask(tokenizer, part.text, starts[begin : end + 1], vocabulary, end=vocabulary.frame is None)
-        begin = end
+
+
+_MARKS: dict[Kind | None, Marks] = {
+    "causal": "answers",
+    "token_classification": "words",
+    "question_answering": "question",
+}
+
+
+def _extra_tasks(
+    part: Part, tokenizer: Path, vocabulary: Vocabulary, task: Kind | None, met: Met
+) -> Iterator[ExtraTask]:
+    starts, extra_starts = part.starts(), part.extra_starts()
+    assert extra_starts is not None
+    outside = met.names.index(OUTSIDE) if OUTSIDE in met.names else 0
+    for begin, end in _ranges(part):
+        places, extra_places = starts[begin : end + 1], extra_starts[begin : end + 1]
+        marks = _MARKS.get(task, "none")
+        yield ExtraTask(tokenizer, part.text, places, part.extra, extra_places, vocabulary, marks, outside)
 
 
 def unigram_entropy(train: IntArray, held_out: IntArray) -> float | None:

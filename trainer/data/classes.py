@@ -14,6 +14,8 @@ from trainer.records import IntArray
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NAMED = 5
+OUTSIDE = "O"
+"""Tag of a word that is in no entity."""
 
 
 class Met:
@@ -37,7 +39,7 @@ def are_labelled(sources: Sequence[Source]) -> bool:
     Raises:
         DataError: those of some sources only.
     """
-    without = [source.name for source in sources if source.config.label is None]
+    without = [source.name for source in sources if not source.is_labelled]
     if without and len(without) < len(sources):
         raise DataError(f"{_list(without)}: no `label`, which other sources have; give all of them one, or none")
     return not without
@@ -65,14 +67,17 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def settle(met: Sequence[str], train: IntArray, held_out: IntArray) -> tuple[tuple[str, ...], IntArray]:
+def settle(
+    met: Sequence[str], train: IntArray, held_out: IntArray, *, least: int = 2
+) -> tuple[tuple[str, ...], IntArray]:
     """The classes in their final order, and the final number of each as it was met, [met]; −1: no document is of it.
 
     Args:
         train, held_out: documents of each met class in that split, [met].
+        least: classes that there must be.
 
     Raises:
-        DataError: fewer than two classes, or some that only held-out documents are of.
+        DataError: fewer than `least` classes, or some that only held-out documents are of.
     """
     unknown = [name for name, learned, asked in zip(met, train, held_out, strict=True) if asked and not learned]
     if unknown:
@@ -80,9 +85,9 @@ def settle(met: Sequence[str], train: IntArray, held_out: IntArray) -> tuple[tup
             f"held-out documents are of {_list(unknown)}, and no training document is: add some, or leave these out"
         )
     classes = sorted_classes(name for name, learned in zip(met, train, strict=True) if learned)
-    if len(classes) < 2:
-        found = f"all documents are of the class {classes[0]!r}" if classes else "no document is left to train on"
-        raise DataError(f"{found}: classification needs at least two classes")
+    if len(classes) < least:
+        found = f"all documents are of the class {classes[0]!r}" if classes else "no training document has a class"
+        raise DataError(f"{found}: classification needs at least {'two classes' if least == 2 else 'one'}")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, np.array([numbers.get(name, -1) for name in met], dtype=np.int64)
 
@@ -97,6 +102,20 @@ def class_entropy(train: IntArray, held_out: IntArray) -> float | None:
         return None
     log_probabilities = np.log(train / train.sum())
     return float(-(held_out * log_probabilities).sum() / held_out.sum())
+
+
+def labels_entropy(train: IntArray, held_out: IntArray, num_train: int, num_held_out: int) -> float | None:
+    """Nats per held-out document of several labels under the train split's frequencies (add-one smoothing): the mean
+    over the classes of the cross-entropy of whether a document is of it.
+
+    Args:
+        train, held_out: documents of each class, [classes].
+    """
+    if not num_held_out:
+        return None
+    yes = (train + 1) / (num_train + 2)
+    total = held_out * np.log(yes) + (num_held_out - held_out) * np.log(1 - yes)
+    return float(-total.mean() / num_held_out)
 
 
 def _list(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import ftfy
 import ftfy.badness
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.config.schema import CleanConfig
 from trainer.data import duplicates
-from trainer.data.corpus import Document
+from trainer.data.corpus import Document, Span
 
 UNDECODABLE, UNICODE = "undecodable bytes replaced", "unicode repaired"
 """Repairs, by the name they are counted under."""
@@ -23,8 +24,10 @@ TOO_SHORT, TOO_LONG = "shorter than min_characters", "longer than max_characters
 FEW_LETTERS, REPETITION = "fewer letters than min_letters", "more repetition than max_repetition"
 EXACT, NEAR = "exact duplicate", "near duplicate"
 OTHER_CLASS, CONFLICT = "not of the chosen classes", "conflicting labels"
-"""`CONFLICT`: equal to an earlier document that is of another class."""
-RULES = (OTHER_CLASS, TOO_SHORT, TOO_LONG, FEW_LETTERS, REPETITION, EXACT, CONFLICT, NEAR)
+"""`CONFLICT`: equal to an earlier document that has another label."""
+EMPTY, LEAKED = "empty", "also in the held-out split"
+"""`EMPTY`: one of its texts is. `LEAKED`: equal, or nearly, to a document of a source that is only held out."""
+RULES = (OTHER_CLASS, EMPTY, TOO_SHORT, TOO_LONG, FEW_LETTERS, REPETITION, LEAKED, EXACT, CONFLICT, NEAR)
 """Reasons for leaving a document out, in the order in which they are tried."""
 
 _CONTROLS = bytes(code for code in (*range(32), 127) if chr(code) not in "\t\n")
@@ -42,16 +45,22 @@ _MIN_LINES = 10
 class Cleaned:
     """What became of one document."""
 
-    name: str
+    document: Document
+    """Repaired; its texts are empty where a rule leaves it out."""
     text: bytes
-    """UTF-8; empty where a rule leaves the document out."""
+    """UTF-8."""
     num_characters: int
     repairs: tuple[str, ...]
     rule: str | None
     """The rule that leaves it out."""
     digest: int
     """128-bit hash of the text."""
-    label: str | None = None
+    whole: int
+    """The same of the text and the second one: what is told apart from other documents."""
+
+    @property
+    def name(self) -> str:
+        return self.document.name
 
 
 def clean(
@@ -66,15 +75,48 @@ def clean(
         One record a document; signatures [documents that stay, permutations], None where nobody asks for them.
     """
     results, kept = [], []
-    for name, raw, label in documents:
-        text, repairs = repair(raw, config)
+    for raw in documents:
+        document, repairs = _repair_document(raw, config)
+        text, second = document.text, document.second
         data = text.encode()
-        rule = OTHER_CLASS if classes and label not in classes else judge(text, data, config)
-        digest = xxhash.xxh3_128_intdigest(data)
-        results.append(Cleaned(name, b"" if rule else data, len(text), repairs, rule, digest, label))
-        if not rule:
-            kept.append(text)
+        digest = whole = xxhash.xxh3_128_intdigest(data)
+        if second is not None:
+            whole = xxhash.xxh3_128_intdigest(data + b"\0" + second.encode())
+        if classes and document.label not in classes:
+            rule: str | None = OTHER_CLASS
+        elif second is not None and not (text.strip() and second.strip()):
+            rule = EMPTY
+        else:
+            rule = judge(text, data, config)
+        if rule:
+            document = document._replace(text="", second=None, spans=None)
+        else:
+            kept.append(text if second is None else f"{text}\n{second}")
+            # the bytes are all that is needed of it
+            document = document._replace(text="")
+        results.append(Cleaned(document, b"" if rule else data, len(text), repairs, rule, digest, whole))
     return results, duplicates.signatures(kept) if config.near_duplicates is not None else None
+
+
+def _repair_document(document: Document, config: CleanConfig) -> tuple[Document, tuple[str, ...]]:
+    text, repairs = repair(document.text, config)
+    spans = document.spans
+    if spans and repairs:
+        text, spans = _repair_between(document.text, spans, config)
+    if document.second is None:
+        return document._replace(text=text, spans=spans), repairs
+    second, more = repair(document.second, config)
+    return document._replace(text=text, spans=spans, second=second), (*repairs, *more)
+
+
+def _repair_between(text: str, spans: Sequence[Span], config: CleanConfig) -> tuple[str, tuple[Span, ...]]:
+    """The text repaired piece by piece, so that every span keeps its place in it."""
+    ends = sorted({0, len(text), *(end for span in spans for end in span[:2])})
+    pieces = [repair(text[begin:end], config)[0] for begin, end in pairwise(ends)]
+    places = dict(zip(ends, accumulate(map(len, pieces), initial=0), strict=True))
+    moved = ((places[begin], places[end], label) for begin, end, label in spans)
+    # nothing may be left of a span of control characters
+    return "".join(pieces), tuple(span for span in moved if span[0] < span[1])
 
 
 def repair(text: str, config: CleanConfig) -> tuple[str, tuple[str, ...]]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.config.objective import Kind
 from trainer.config.schema import SourceConfig
 from trainer.data.formats import Record, kind_of, read_records, read_text
 from trainer.errors import DataError
+
+Span = tuple[int, int, str]
+"""(first character, the one after the last, label)"""
 
 
 class Document(NamedTuple):
@@ -24,6 +29,20 @@ class Document(NamedTuple):
     """May hold lone surrogates where bytes could not be decoded."""
     label: str | None = None
     """Name of its class, where the source has one."""
+    second: str | None = None
+    """A text that belongs to it: the other of a pair, a question about it, what it is to become."""
+    labels: tuple[str, ...] | None = None
+    """Names of its classes, where it may be of several."""
+    number: float | None = None
+    """What is to be predicted of it."""
+    spans: tuple[Span, ...] | None = None
+    """In ascending order: tagged words or entities; the answers of a question or a conversation."""
+    is_words: bool = False
+    """Whether the spans are all words of the text."""
+
+
+Make = Callable[[Record, str, "Sequence[str] | None", Callable[[], Any]], Document]
+"""(record, place, columns of the source where known, what the text column or the template gives) → document"""
 
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -40,6 +59,8 @@ class Source:
     """(name in reports, path), in the order of reading."""
     dataset: Any = None
     """The `datasets.Dataset` of a hub source."""
+    kind: Kind | None = None
+    """What the texts are for; None: predicting tokens, or the class where they have a label."""
 
     @property
     def num_documents(self) -> int | None:
@@ -55,25 +76,43 @@ class Source:
             return int(self.dataset.data.nbytes)
         return sum(path.stat().st_size for _, path in self.files)
 
-    def documents(self) -> Iterator[Document]:
+    @property
+    def is_labelled(self) -> bool:
+        """Whether its documents bring something to be predicted of them."""
+        return self.config.label is not None or self.config.label_from_folder
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether its documents are made of what is asked and answered."""
+        return self.config.messages is not None or (self.config.prompt is not None and self.config.answer is not None)
+
+    def documents(self, make: Make | None = None) -> Iterator[Document]:
         """Each document of the source.
+
+        Args:
+            make: makes a document of a record, or of a file of plain text (as a record without columns). By default a
+                document is its text.
 
         Raises:
             DataError: a file is unreadable or binary, or a record lacks a column or its class.
         """
         if self.dataset is not None:
-            yield from self._texts(self.name, self._rows(), self.dataset.column_names)
+            yield from self._texts(self.name, self._rows(), self.dataset.column_names, make)
             return
         for name, path in self.files:
             if kind_of(path) == "text":
-                if self.config.column or self.config.template or self.config.label:
+                if self.config.template or any(getattr(self.config, column) for column in _COLUMNS):
                     raise DataError(
                         f"source {self.name}: {name} is plain text without columns: "
                         "leave out `column`, `template` and `label`, or put it into a source of its own"
                     )
-                yield Document(name, read_text(path, name))
+                text = read_text(path, name)
+                yield make(_in_folder({}, path), name, None, partial(str, text)) if make else Document(name, text)
             else:
-                yield from self._texts(name, read_records(path, name, self._columns))
+                records = read_records(path, name, self._columns)
+                if self.config.label_from_folder:
+                    records = ((number, _in_folder(record, path)) for number, record in records)
+                yield from self._texts(name, records, make=make)
 
     @property
     def _column(self) -> str:
@@ -84,11 +123,19 @@ class Source:
         """Columns that are read; None: a template may ask for any."""
         if self.config.template:
             return None
-        return [self._column, *([self.config.label] if self.config.label else [])]
+        return self.needed
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns that records must have; those that a template asks for aside."""
+        config = self.config
+        has_text = self.kind == "question_answering" or not self.has_answers
+        text = [self._column] if config.template is None and has_text else []
+        return [*text, *filter(None, (config.label, config.pair, config.messages, config.prompt, config.answer))]
 
     def _rows(self) -> Iterator[tuple[int, Record]]:
         dataset = self.dataset
-        names = getattr(dataset.features.get(self.config.label), "names", None)
+        names = _class_names(dataset.features.get(self.config.label))
         if self._columns and set(self._columns) <= set(dataset.column_names):
             dataset = dataset.select_columns(self._columns)
         number = 0
@@ -96,40 +143,78 @@ class Source:
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 record = dict(zip(batch, values, strict=True))
-                if names and self.config.label and isinstance(place := record.get(self.config.label), int):
-                    # the hub stores the number of a class beside a list of names; −1: not told
-                    record[self.config.label] = names[place] if 0 <= place < len(names) else None
+                if names and self.config.label:
+                    record[self.config.label] = _named(record.get(self.config.label), names)
                 yield number, record
 
     def _texts(
-        self, name: str, records: Iterable[tuple[int, Record]], columns: Sequence[str] | None = None
+        self,
+        name: str,
+        records: Iterable[tuple[int, Record]],
+        columns: Sequence[str] | None = None,
+        make: Make | None = None,
     ) -> Iterator[Document]:
         render = _renderer(self.config.template, self.name) if self.config.template else None
         for number, record in records:
             where = f"{name}:{number}"
-            label = self._label(record, where, columns) if self.config.label else None
-            if render:
-                yield Document(where, render(record, where), label)
-                continue
-            text = _value(record, self._column, where, columns)
-            if not isinstance(text, str | None):
-                raise DataError(f"{where}: column {self._column!r} holds {type(text).__name__}, not text")
-            yield Document(where, text or "", label)
+            if make:
+                yield make(record, where, columns, partial(self._text, render, record, where, columns))
+            else:
+                yield Document(where, plain(self._text(render, record, where, columns), self._column, where))
 
-    def _label(self, record: Record, where: str, columns: Sequence[str] | None) -> str:
-        assert self.config.label is not None
-        value = _value(record, self.config.label, where, columns)
-        if not isinstance(value, str | int | None):
-            found = type(value).__name__
-            raise DataError(f"{where}: column {self.config.label!r} holds {found}, not a name or a whole number")
-        # a name goes into the model's configuration: one line, in characters that UTF-8 has
-        name = "" if value is None else " ".join(str(value).encode("utf-8", "replace").decode().split())
-        if not name:
-            raise DataError(f"{where} has no class: column {self.config.label!r} is empty; fill it in, or leave it out")
-        return name
+    def _text(
+        self,
+        render: Callable[[Record, str], str] | None,
+        record: Record,
+        where: str,
+        columns: Sequence[str] | None,
+    ) -> Any:
+        return render(record, where) if render else value_of(record, self._column, where, columns)
 
 
-def _value(record: Record, column: str, where: str, columns: Sequence[str] | None) -> Any:
+_COLUMNS = ("column", "label", "pair", "messages", "prompt", "answer")
+FOLDER = "\0folder"
+"""Column of a record that holds the name of its file's folder; no file has one of this name."""
+
+
+def _in_folder(record: Record, path: Path) -> Record:
+    return {**record, FOLDER: path.parent.name}
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Names of the classes of a hub dataset's column, or of each element of it."""
+    names: list[str] | None = getattr(feature, "names", None) or getattr(
+        getattr(feature, "feature", None), "names", None
+    )
+    return names
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The hub stores the number of a class beside a list of names; −1: not told."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
+def plain(value: Any, column: str, where: str) -> str:
+    """The text of a column; empty where the record has none.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    if not isinstance(value, str | None):
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+    return value or ""
+
+
+def value_of(record: Record, column: str, where: str, columns: Sequence[str] | None) -> Any:
+    """What a record has in a column.
+
+    Raises:
+        DataError: it has no such column; names one that is spelled alike.
+    """
     if column not in record:
         raise DataError(f"{where} has no column {column!r}: {_nearest(column, columns or record)}")
     return record[column]
@@ -167,7 +252,7 @@ def _renderer(template: str, source: str) -> Callable[[Record, str], str]:
     return render
 
 
-def resolve(configs: Sequence[SourceConfig], base: Path) -> list[Source]:
+def resolve(configs: Sequence[SourceConfig], base: Path, kind: Kind | None = None) -> list[Source]:
     """The sources with their files found.
 
     Args:
@@ -179,17 +264,17 @@ def resolve(configs: Sequence[SourceConfig], base: Path) -> list[Source]:
     sources: list[Source] = []
     for config in configs:
         if config.stdlib:
-            source = Source(config.name or "stdlib", config, standard_library())
+            source = Source(config.name or "stdlib", config, standard_library(), kind=kind)
         elif config.files:
             more = f" and {len(config.files) - 1} more" if len(config.files) > 1 else ""
-            source = Source(config.name or config.files[0] + more, config, _matches(config.files, base))
+            source = Source(config.name or config.files[0] + more, config, _matches(config.files, base), kind=kind)
         elif config.hub:
-            source = _hub(config, config.hub, base)
+            source = _hub(config, config.hub, base, kind)
         else:
             raise DataError("a source names neither `stdlib` nor `files` nor `hub`")
         taken = sum(other.name.split(" #")[0] == source.name for other in sources)
         if taken:
-            source = Source(f"{source.name} #{taken + 1}", config, source.files, source.dataset)
+            source = replace(source, name=f"{source.name} #{taken + 1}")
         sources.append(source)
     return sources
 
@@ -221,7 +306,7 @@ def _matches(patterns: Sequence[str], base: Path) -> tuple[tuple[str, Path], ...
     return tuple((name, path) for path, name in found.items())
 
 
-def _hub(config: SourceConfig, identifier: str, base: Path) -> Source:
+def _hub(config: SourceConfig, identifier: str, base: Path, kind: Kind | None) -> Source:
     import datasets
 
     folder = base / Path(identifier).expanduser()
@@ -232,11 +317,11 @@ def _hub(config: SourceConfig, identifier: str, base: Path) -> Source:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"hub dataset {identifier!r} cannot be loaded: {reason}") from error
-    needed = [config.column or "text"] if config.template is None else []
-    for wanted in needed + ([config.label] if config.label else []):
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if is_folder else []
+    source = Source(name, config, tuple((str(path.relative_to(folder)), path) for path in files), dataset, kind)
+    for wanted in source.needed:
         if wanted not in dataset.column_names:
             raise DataError(
                 f"hub dataset {identifier!r} has no column {wanted!r}: {_nearest(wanted, dataset.column_names)}"
             )
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if is_folder else []
-    return Source(name, config, tuple((str(path.relative_to(folder)), path) for path in files), dataset)
+    return source

@@ -1,11 +1,12 @@
-"""Texts with a class as samples: one a document, cut where it is too long, filled up where it is shorter than others.
+"""Labelled texts as samples: one a document, cut or in windows where it is too long, filled up where it is shorter.
 
-A sample is what the tokenizer makes of a single text: its special tokens around the first tokens of the document.
+A sample is what the tokenizer makes of a single text, or of two: its special tokens around tokens of the document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from trainer.config.objective import Kind
 from trainer.data.samples import Boundaries, Samples, SourceTokens
-from trainer.data.tokenize import Frame
+from trainer.data.tokenize import Frame, PairFrame
+from trainer.data.windows import Reading, cut_pair
 from trainer.errors import DataError
 from trainer.records import IntArray
 
@@ -21,18 +23,63 @@ _MULTIPLE = 8
 """Columns of a micro-batch: what kernels like, and few different shapes."""
 
 
-class LabelledSamples(Samples):
-    """The labelled documents of one split, numbered through the sources in their order."""
+@dataclass(frozen=True)
+class Labels:
+    """What belongs to the documents of one source beside their tokens; None where there is none."""
 
-    kind: Kind = "classification"
+    labels: NDArray[Any] | None = None
+    """[documents]: numbers of classes, or what is to be predicted; [documents, C] of 0 and 1."""
+    second: NDArray[Any] | None = None
+    """Tokens of the second texts."""
+    second_offsets: IntArray | None = None
+    """[documents + 1]"""
+    marks: NDArray[Any] | None = None
+    """[tokens]: class of a word at its first token, −100 elsewhere; whether a token is learned."""
+    spans: IntArray | None = None
+    """[documents, 2]: first and last token of the answer; −1: none."""
+    places: NDArray[Any] | None = None
+    """[tokens, 2]: first character of a token, and the one after its last."""
+
+    def second_of(self, document: int) -> NDArray[Any]:
+        if self.second is None or self.second_offsets is None:
+            return np.empty(0, dtype=np.int64)
+        return self.second[int(self.second_offsets[document]) : int(self.second_offsets[document + 1])]
+
+    def second_lengths(self, documents: int) -> IntArray:
+        return np.zeros(documents, np.int64) if self.second_offsets is None else np.diff(self.second_offsets)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of a sample come from."""
+
+    source: int
+    document: int
+    begin: int
+    """First token of the document that the sample holds."""
+    end: int
+    """The one after the last."""
+    second_end: int = 0
+    """Tokens of the second text that it holds, from the first."""
+
+
+class LabelledSamples(Samples):
+    """The labelled documents of one split, numbered through the sources in their order (balanced: by class, and by
+    source within a class): of classification, of several labels, of a number."""
+
+    second_first = False
+    """Whether the second text stands before the text."""
 
     def __init__(
         self,
         sources: Sequence[SourceTokens],
-        labels: Sequence[IntArray],
+        labels: Sequence[Labels],
         *,
+        kind: Kind,
         classes: Sequence[str],
         frame: Frame,
+        pair: PairFrame | None = None,
+        reading: Reading | None = None,
         sequence_length: int,
         boundaries: Boundaries,
         eos_id: int,
@@ -43,12 +90,30 @@ class LabelledSamples(Samples):
     ):
         """
         Args:
-            labels: [documents] of each source: numbers in `classes`.
+            labels: of each source.
             frame: special tokens around each text, and the one that fills it up.
+            pair: the same of two texts.
+            reading: what is done with long texts, and which are seen how often.
 
         Raises:
-            DataError: there is no document, or no room for text.
+            DataError: there is no document, no room for text, or the reading is not for such texts.
         """
+        self.kind: Kind = kind
+        self.classes = tuple(classes)
+        self.reading = reading or Reading()
+        self.sequence_length = sequence_length
+        self._of = tuple(labels)
+        self._pad_id = frame.pad_id
+        own = (frame.prefix, (), frame.suffix) if pair is None else (pair.prefix, pair.middle, pair.suffix)
+        self._prefix, self._middle, self._suffix = (np.array(ids, dtype=np.int64) for ids in own)
+        self._is_pair = pair is not None
+        self._types = pair.types if pair is not None else None
+        self._room = sequence_length - sum(map(len, own))
+        if self._room < 1 + self._is_pair:
+            raise DataError(
+                f"data.sequence_length is {sequence_length}, all of which the tokenizer's own tokens take: raise it"
+            )
+        self._firsts = {id(source): self._plan(source, own) for source, own in zip(sources, labels, strict=True)}
         super().__init__(
             sources,
             sequence_length=sequence_length,
@@ -59,38 +124,182 @@ class LabelledSamples(Samples):
             decode=decode,
             split=split,
         )
-        self.classes = tuple(classes)
-        self._labels = tuple(labels)
-        self._prefix, self._suffix = (np.array(ids, dtype=np.int64) for ids in (frame.prefix, frame.suffix))
-        self._pad_id = frame.pad_id
-        self._room = sequence_length - len(frame.prefix) - len(frame.suffix)
-        if self._room < 1:
-            raise DataError(
-                f"data.sequence_length is {sequence_length}, all of which the tokenizer's own tokens take: raise it"
-            )
+        self._numbered = self.sizes
+        self._weights = super().weights
+        self._index: IntArray | None = None
+        if self.reading.balance == "classes" and split == "train":
+            self._balance()
+
+    # ------------------------------------------------------------------------------------------------ numbers
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Passes over each of `sizes` in an epoch."""
+        return self._weights
+
+    def _rooms(self, source: SourceTokens, own: Labels) -> IntArray:
+        """Tokens that a sample has for each text, [documents]."""
+        documents = len(source.offsets) - 1
+        if not self._is_pair:
+            return np.full(documents, self._room, dtype=np.int64)
+        return self._room - np.minimum(own.second_lengths(documents), self._room - 1)
+
+    def _plan(self, source: SourceTokens, own: Labels) -> IntArray | None:
+        """Number of the first sample of each document, and the number of all, [documents + 1]; None: one each."""
+        if self.reading.too_long == "cut":
+            return None
+        if self.reading.too_long == "window" and self._is_pair and not self.second_first:
+            raise DataError("data.too_long: windows are not for pairs of texts; use cut or leave_out")
+        counts = self.reading.counts(self._lengths(source, own), self._rooms(source, own))
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+
+    def _lengths(self, source: SourceTokens, own: Labels) -> IntArray:
+        """Tokens of each text, [documents], beside what `_rooms` takes as given."""
+        lengths: IntArray = np.diff(source.offsets)
+        if self._is_pair and self.reading.too_long == "leave_out":
+            # what the second text is cut by is missing too
+            second = own.second_lengths(len(lengths))
+            lengths = lengths + np.maximum(0, second - (self._room - 1))
+        return lengths
+
+    def _size(self, source: SourceTokens) -> int:
+        firsts = self._firsts[id(source)]
+        return len(source.offsets) - 1 if firsts is None else int(firsts[-1])
+
+    def _balance(self) -> None:
+        """Number the samples by class, each class a source of its own that fills an equal part of an epoch."""
+        if self.kind != "classification":
+            raise DataError(f"data.balance: classes is for objective.kind classification, not {self.kind}")
+        groups, masses = [], []
+        first = 0
+        for number, (source, own, weight) in enumerate(zip(self.sources, self._of, self._weights, strict=True)):
+            ids = np.arange(first, first + self._numbered[number])
+            first += self._numbered[number]
+            assert own.labels is not None
+            classes = own.labels[self._documents(source, ids - ids[:1])] if len(ids) else np.empty(0, dtype=np.int64)
+            for name in range(len(self.classes)):
+                groups.append((name, number, ids[classes == name]))
+                masses.append(weight * len(groups[-1][2]))
+        of_class = np.zeros(len(self.classes))
+        for (name, _, _), mass in zip(groups, masses, strict=True):
+            of_class[name] += mass
+        share = of_class.sum() / max(1, np.count_nonzero(of_class))
+        chosen = sorted((group for group in groups if len(group[2])), key=lambda group: group[:2])
+        sizes = tuple(len(ids) for _, _, ids in chosen)
+        self._index = np.concatenate([ids for _, _, ids in chosen])
+        self._weights = tuple(float(self._weights[source] * share / of_class[name]) for name, source, _ in chosen)
+        self.sizes = sizes
+
+    def _documents(self, source: SourceTokens, local: IntArray) -> IntArray:
+        firsts = self._firsts[id(source)]
+        return local if firsts is None else np.searchsorted(firsts, local, side="right") - 1
+
+    def _places(self, ids: IntArray) -> list[tuple[int, IntArray, IntArray]]:
+        """(index of a source, rows of `ids` that are its samples, number of each within the source)."""
+        if self._index is not None:
+            ids = self._index[ids]
+        ends = np.cumsum(self._numbered)
+        which = np.searchsorted(ends, ids, side="right")
+        result = []
+        for index in np.unique(which).tolist():
+            rows = np.flatnonzero(which == index)
+            result.append((index, rows, ids[rows] - (ends[index] - self._numbered[index])))
+        return result
+
+    def _documents_of(self, ids: IntArray) -> Iterator[tuple[int, IntArray, IntArray, IntArray]]:
+        """(index of a source, rows of `ids` that are its samples, document of each, window of each)."""
+        for index, rows, local in self._places(ids):
+            source = self.sources[index]
+            firsts = self._firsts[id(source)]
+            documents = self._documents(source, local)
+            yield index, rows, documents, local * 0 if firsts is None else local - firsts[documents]
+
+    def document_of(self, ids: IntArray) -> IntArray:
+        """The text that each sample is of, [n]: numbered through the sources in their order, whatever is left out."""
+        firsts = np.cumsum([0, *(len(source.offsets) - 1 for source in self.sources)])
+        result = np.empty(len(ids), dtype=np.int64)
+        for index, rows, documents, _ in self._documents_of(ids):
+            result[rows] = firsts[index] + documents
+        return result
 
     @property
     def num_cut(self) -> int:
         """Documents that are longer than a sample."""
-        return sum(int((np.diff(source.offsets) > self._room).sum()) for source in self.sources)
+        total = 0
+        for source, own in zip(self.sources, self._of, strict=True):
+            lengths = np.diff(source.offsets)
+            total += int((lengths + own.second_lengths(len(lengths)) > self._room).sum())
+        return total
 
-    def fetch(self, ids: IntArray) -> dict[str, IntArray]:
-        """`input_ids` and `attention_mask`, each [n, L], and `labels`, [n]."""
-        tokens = np.full((len(ids), self.sequence_length), self._pad_id, dtype=np.int64)
-        labels = np.empty(len(ids), dtype=np.int64)
-        lengths = np.empty(len(ids), dtype=np.int64)
-        for index, rows, documents in self._places(ids):
-            source = self.sources[index]
-            labels[rows] = self._labels[index][documents]
-            begins, ends = source.offsets[documents], source.offsets[documents + 1]
-            for row, begin, end in zip(rows.tolist(), begins.tolist(), ends.tolist(), strict=True):
-                text = source.tokens[begin : min(end, begin + self._room)]
-                sample = np.concatenate([self._prefix, text, self._suffix])
-                tokens[row, : len(sample)] = sample
-                lengths[row] = len(sample)
+    # ------------------------------------------------------------------------------------------------ samples
+
+    def places(self, ids: IntArray) -> list[Place]:
+        """Where the tokens of each sample come from, [n]."""
+        result: list[Any] = [None] * len(ids)
+        for index, rows, documents, windows in self._documents_of(ids):
+            source, own = self.sources[index], self._of[index]
+            triples = zip(rows.tolist(), documents.tolist(), windows.tolist(), strict=True)
+            for row, document, window in triples:
+                length = int(source.offsets[document + 1] - source.offsets[document])
+                second = len(own.second_of(document)) if self._is_pair else 0
+                result[row] = Place(index, document, *self._cut(length, second, window))
+        return result
+
+    def _cut(self, length: int, second: int, window: int) -> tuple[int, int, int]:
+        """First token of a text, the one after its last, and the number of tokens of the second one."""
+        if self._is_pair:
+            first, second = cut_pair(length, second, self._room)
+            return 0, first, second
+        return *self.reading.place(length, self._room, window), 0
+
+    def text_tokens(self, place: Place) -> NDArray[Any]:
+        """The tokens of the text that a sample holds."""
+        source = self.sources[place.source]
+        first = int(source.offsets[place.document])
+        return source.tokens[first + place.begin : first + place.end]
+
+    def _fill(self, places: Sequence[Place]) -> tuple[dict[str, IntArray], IntArray]:
+        """`input_ids`, `attention_mask`, `token_type_ids` [n, L], and the column where each text begins, [n]."""
+        shape = (len(places), self.sequence_length)
+        tokens = np.full(shape, self._pad_id, dtype=np.int64)
+        types = np.zeros(shape, dtype=np.int64)
+        lengths, begins = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+        for row, place in enumerate(places):
+            text = self.text_tokens(place)
+            pieces = [self._prefix, text, self._suffix]
+            begins[row] = len(self._prefix)
+            if self._is_pair:
+                second = self._of[place.source].second_of(place.document)[: place.second_end]
+                one, other = (second, text) if self.second_first else (text, second)
+                pieces = [self._prefix, one, self._middle, other, self._suffix]
+                if self.second_first:
+                    begins[row] += len(one) + len(self._middle)
+            sample = np.concatenate(pieces)
+            tokens[row, : len(sample)] = sample
+            lengths[row] = len(sample)
+            if self._types is not None:
+                types[row, : len(sample)] = np.repeat(self._types, [len(piece) for piece in pieces])
         # a model cannot look at nothing: a text without any token is one of padding
         mask = np.arange(self.sequence_length) < np.maximum(lengths, 1)[:, None]
-        return {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "labels": labels}
+        arrays = {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
+        return arrays | ({"token_type_ids": types} if self._types is not None else {}), begins
+
+    def fetch(self, ids: IntArray) -> dict[str, NDArray[Any]]:
+        """`input_ids` and `attention_mask`, each [n, L], of pairs `token_type_ids` [n, L] where the model is told, and
+        `labels`: int64 [n], of several labels float32 [n, C], of a number float32 [n]."""
+        places = self.places(ids)
+        arrays, _ = self._fill(places)
+        return {**arrays, "labels": self._labels(places)}
+
+    def _labels(self, places: Sequence[Place]) -> NDArray[Any]:
+        rows = [self._label_of(place) for place in places]
+        kind = np.int64 if self.kind == "classification" else np.float32
+        return np.array(rows, dtype=kind).reshape(len(rows), -1) if self.kind == "multi_label" else np.array(rows, kind)
+
+    def _label_of(self, place: Place) -> Any:
+        labels = self._of[place.source].labels
+        assert labels is not None
+        return labels[place.document]
 
     def num_targets(self, ids: IntArray) -> int:
         """One a sample."""
@@ -98,23 +307,39 @@ class LabelledSamples(Samples):
 
     def num_ordinary(self, ids: IntArray) -> IntArray:
         """Tokens of each sample that are text, [n]."""
-        result = np.empty(len(ids), dtype=np.int64)
-        for index, rows, documents in self._places(ids):
-            offsets = self.sources[index].offsets
-            result[rows] = np.minimum(offsets[documents + 1] - offsets[documents], self._room)
-        return result
+        return np.array([place.end - place.begin + place.second_end for place in self.places(ids)], dtype=np.int64)
+
+    def class_counts(self) -> IntArray:
+        """Samples of each class, [classes], of classification; documents of each, of several labels."""
+        total = np.zeros(len(self.classes), dtype=np.int64)
+        for source, own in zip(self.sources, self._of, strict=True):
+            assert own.labels is not None
+            if self.kind == "multi_label":
+                total += own.labels.sum(axis=0, dtype=np.int64)
+            else:
+                documents = self._documents(source, np.arange(self._size(source)))
+                total += np.bincount(own.labels[documents], minlength=len(self.classes))
+        return total
 
     def describe(self, sample: int) -> list[tuple[str, str, str]]:
-        """(source, document and class, text as far as the sample holds it), of its one document."""
-        ((index, _, (document,)),) = self._places(np.array([sample]))
-        source = self.sources[index]
-        begin, end = int(source.offsets[document]), int(source.offsets[document + 1])
-        text = self._decode(source.tokens[begin : min(end, begin + self._room)].tolist())
-        name = self.classes[self._labels[index][document]]
-        return [(source.name, f"{source.document_name(document)} (class {name})", text)]
+        """(source, document and what is to be predicted, text as far as the sample holds it), of its one document."""
+        (place,) = self.places(np.array([sample]))
+        source = self.sources[place.source]
+        text = self._decode(self.text_tokens(place).tolist())
+        if place.second_end:
+            second = self._decode(self._of[place.source].second_of(place.document)[: place.second_end].tolist())
+            text = f"{second}\n{text}" if self.second_first else f"{text}\n{second}"
+        return [(source.name, f"{source.document_name(place.document)} ({self._shown(place)})", text)]
 
-    def _size(self, source: SourceTokens) -> int:
-        return len(source.offsets) - 1
+    def _shown(self, place: Place) -> str:
+        """What is to be predicted of a sample, for people."""
+        label = self._label_of(place)
+        if self.kind == "classification":
+            return f"class {self.classes[label]}"
+        if self.kind == "regression":
+            return f"value {float(label):g}"
+        names = [name for name, is_of in zip(self.classes, label, strict=True) if is_of]
+        return f"classes {', '.join(names)}" if names else "no class"
 
 
 def trimmed(arrays: dict[str, NDArray[Any]], kind: Kind = "classification") -> dict[str, NDArray[Any]]:

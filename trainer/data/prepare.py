@@ -10,16 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from trainer.config.schema import DataConfig
+from trainer.config.objective import EACH_ALONE, TEXTS, Kind
+from trainer.config.schema import DataConfig, SourceConfig
 from trainer.data import corpus, tokenize
-from trainer.data.build import FORMAT, Progress, build
+from trainer.data.build import FORMAT, build, task_of
 from trainer.data.corpus import Source
 from trainer.data.hashes import ContentHashes
+from trainer.data.parts import Progress, guards_held_out
 from trainer.data.prepared import Prepared
 from trainer.data.tokenize import Choice
+from trainer.data.windows import Reading
 from trainer.errors import DataError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -33,6 +37,8 @@ class _Plan:
     choice: Choice
     key: str
     folder: Path
+    task: Kind | None
+    """As of :func:`task_of`."""
 
 
 def _no_progress(_stage: str, _done: int, _total: int | None) -> None:
@@ -45,6 +51,7 @@ def prepare(
     base: Path,
     tokenizer_fallback: str | None,
     trust_remote_code: bool,
+    kind: Kind | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """The prepared data of a config; made where it does not exist.
@@ -55,6 +62,8 @@ def prepare(
     Args:
         base: folder that relative paths of the sources and the tokenizer begin in.
         tokenizer_fallback: `model.pretrained`, whose tokenizer is used where the config names none.
+        kind: what the data is for (`objective.kind`); options of sources that it does not use change nothing. None:
+            classification where sources have labels, else predicting tokens.
         progress: called with (stage, documents done, documents in all where that is known).
 
     Raises:
@@ -66,7 +75,7 @@ def prepare(
     root = Path(config.prepared)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        plan = _plan(config, base, tokenizer_fallback, trust_remote_code)
+        plan = _plan(config, base, tokenizer_fallback, trust_remote_code, kind)
         prepared = _open(plan, config)
         if prepared is None:
             with _lock(root / f".{plan.key}.lock", progress):
@@ -84,15 +93,25 @@ def prepare(
     return prepared
 
 
-def find(config: DataConfig, *, base: Path, tokenizer_fallback: str | None, trust_remote_code: bool) -> Prepared | None:
+def find(
+    config: DataConfig,
+    *,
+    base: Path,
+    tokenizer_fallback: str | None,
+    trust_remote_code: bool,
+    kind: Kind | None = None,
+) -> Prepared | None:
     """The prepared data of a config, None where it was not made yet. Arguments as of :func:`prepare`."""
-    return _open(_plan(config, base, tokenizer_fallback, trust_remote_code), config)
+    return _open(_plan(config, base, tokenizer_fallback, trust_remote_code, kind), config)
 
 
-def _plan(config: DataConfig, base: Path, tokenizer_fallback: str | None, trust_remote_code: bool) -> _Plan:
+def _plan(
+    config: DataConfig, base: Path, tokenizer_fallback: str | None, trust_remote_code: bool, kind: Kind | None
+) -> _Plan:
     root = Path(config.prepared).absolute()
     hashes = ContentHashes(root / "hashes.json")
-    sources = corpus.resolve(config.sources, base)
+    sources = corpus.resolve([_used(source, kind) for source in config.sources], base, kind)
+    task = task_of(sources, kind)
     files = [_files(source, hashes) for source in sources]
     choice = tokenize.choose(config.tokenizer, tokenizer_fallback, base, trust_remote_code, hashes)
     # absent where it says nothing, as below
@@ -106,15 +125,41 @@ def _plan(config: DataConfig, base: Path, tokenizer_fallback: str | None, trust_
             # how often a source is seen is decided when samples are read
             {"name": source.name, "files": own, **source.config.model_dump(include={"column", "template", "split"})}
             # absent where they say nothing: data that was prepared before there were these options stays what it is
-            | source.config.model_dump(include={"label", "classes", "use"}, exclude_defaults=True)
+            | source.config.model_dump(include=_OF_SOURCES, exclude_defaults=True)
             for source, own in zip(sources, files, strict=True)
         ],
         "clean": config.clean.model_dump(),
         "tokenizer": choice.identity,
         "held_out": config.held_out,
+        **({"kind": task} if task not in {None, "classification"} else {}),
+        **({"leaks": "left out of train"} if guards_held_out(sources) else {}),
     }
     key = xxhash.xxh3_64_hexdigest(json.dumps(what_matters, sort_keys=True).encode("utf-8", "backslashreplace"))
-    return _Plan(sources, files, choice, key, root / key)
+    return _Plan(sources, files, choice, key, root / key, task)
+
+
+_OF_SOURCES = {"label", "label_from_folder", "pair", "messages", "prompt", "answer", "classes", "use"}
+"""Options that decide what is prepared."""
+
+
+def _used(source: SourceConfig, kind: Kind | None) -> SourceConfig:
+    """The source without the options that a kind of objective does not use: packed texts have no labels."""
+    if kind is None:
+        return source
+    labels = {"label": None, "label_from_folder": False}
+    asked = {"prompt": None, "answer": None}
+    without: dict[str, Any] = {}
+    if kind not in EACH_ALONE or kind in {"question_answering", "seq2seq"}:
+        without |= labels
+    if kind != "classification":
+        without["classes"] = ()
+    if kind not in TEXTS:
+        without["pair"] = None
+    if kind != "causal":
+        without["messages"] = None
+    if kind not in {"causal", "question_answering", "seq2seq"}:
+        without |= asked
+    return source.model_copy(update=without)
 
 
 def _files(source: Source, hashes: ContentHashes) -> list[tuple[str, str]]:
@@ -130,7 +175,7 @@ def _files(source: Source, hashes: ContentHashes) -> list[tuple[str, str]]:
 def _open(plan: _Plan, config: DataConfig) -> Prepared | None:
     if not plan.folder.exists():
         return None
-    return Prepared.open(plan.folder, [source.weight for source in config.sources])
+    return Prepared.open(plan.folder, [source.weight for source in config.sources], Reading.of(config))
 
 
 def _build_whole(plan: _Plan, config: DataConfig, progress: Progress) -> None:
@@ -139,7 +184,7 @@ def _build_whole(plan: _Plan, config: DataConfig, progress: Progress) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        build(temporary, config, plan.sources, plan.choice, plan.files, plan.key, progress)
+        build(temporary, config, plan.sources, plan.choice, plan.files, plan.key, progress, plan.task)
         hashes = ContentHashes(plan.folder.with_name("hashes.json"))
         for source, files in zip(plan.sources, plan.files, strict=True):
             changed = sorted({name for name, _ in set(_files(source, hashes)) ^ set(files)})

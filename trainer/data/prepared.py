@@ -9,11 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.config.objective import Kind
 from trainer.data import tokenize
+from trainer.data.answers import AnswerSamples
 from trainer.data.build import FORMAT, KEPT
-from trainer.data.labelled import LabelledSamples
+from trainer.data.labelled import LabelledSamples, Labels
+from trainer.data.questions import QuestionSamples, Written
 from trainer.data.samples import Boundaries, Samples, SourceTokens
-from trainer.data.tokenize import Frame, Vocabulary
+from trainer.data.sequences import SequenceSamples
+from trainer.data.tagged import TaggedSamples
+from trainer.data.tokenize import Frame, PairFrame, Vocabulary
+from trainer.data.windows import Reading
 from trainer.errors import DataError
 from trainer.records import Classes, IntArray
 
@@ -23,8 +29,12 @@ Split = Literal["train", "held_out"]
 class Prepared:
     """Tokens on disk, and what is known about them."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], weights: Sequence[float] | None):
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], weights: Sequence[float] | None, reading: Reading | None = None
+    ):
         self.path = path
+        self.reading = reading or Reading()
+        """How labelled texts become samples."""
         self._manifest = manifest
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(manifest["sources"])
         """Passes over each source in an epoch."""
@@ -33,13 +43,20 @@ class Prepared:
         self._frame: Frame | None = None
         if (frame := manifest.get("frame")) is not None:
             self._frame = Frame(tuple(frame["prefix"]), tuple(frame["suffix"]), frame["pad_id"])
+        self._pair: PairFrame | None = None
+        if (pair := manifest.get("pair")) is not None:
+            types = tuple(pair["types"]) if pair["types"] is not None else None
+            self._pair = PairFrame(tuple(pair["prefix"]), tuple(pair["middle"]), tuple(pair["suffix"]), types)
+        self.kind: Kind | None = manifest.get("kind", "classification" if self._frame else None)
+        """What the texts are for; `causal` where only answers are learned, None: packed, all of it is predicted."""
 
     @classmethod
-    def open(cls, path: Path, weights: Sequence[float] | None = None) -> Prepared:
+    def open(cls, path: Path, weights: Sequence[float] | None = None, reading: Reading | None = None) -> Prepared:
         """Open a folder that `prepare` has written.
 
         Args:
             weights: passes over each source in an epoch; by default 1.
+            reading: how labelled texts become samples; by default one each, cut where it is too long.
 
         Raises:
             DataError: there is none, or a file of it is missing or has another size.
@@ -50,7 +67,7 @@ class Prepared:
             raise DataError(f"{path} holds no prepared data: {error}") from error
         if manifest.get("format") != FORMAT:
             raise DataError(f"{path} was prepared by another version of Trimtab: delete it, and it is prepared again")
-        prepared = cls(path, manifest, weights)
+        prepared = cls(path, manifest, weights, reading)
         tables = [(path / KEPT, prepared.vocabulary * 8)] if "kept" in manifest else []
         for sizes in (tables, *map(prepared._expected_sizes, manifest["arrays"])):
             for file, size in sizes:
@@ -65,7 +82,12 @@ class Prepared:
             (stem.with_suffix(".offsets.npy"), (entry["documents"] + 1) * 8),
             (stem.with_suffix(".names"), entry["documents"]),
         ]
-        return sizes + ([(stem.with_suffix(".labels.npy"), entry["documents"] * 8)] if self._frame else [])
+        if self.kind == "classification" and "files" not in entry:
+            sizes.append((stem.with_suffix(".labels.npy"), entry["documents"] * 8))
+        sizes += [(stem.with_suffix(f".{name}.npy"), size) for name, size in entry.get("files", {}).items()]
+        if "answers" in entry:
+            sizes += [(stem.with_suffix(".texts"), entry["bytes"]), (stem.with_suffix(".answers"), entry["answers"])]
+        return sizes
 
     def _stem(self, entry: dict[str, Any]) -> Path:
         return self.path / str(entry["split"]) / f"{entry['source']:03d}"
@@ -105,8 +127,15 @@ class Prepared:
 
     @property
     def classes(self) -> Classes | None:
-        """Of labelled documents; None where they have none."""
-        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id) if self._frame else None
+        """Of labelled documents, without names where there are none to tell apart; None: packed, or seq2seq."""
+        if self._frame is None or self.kind == "seq2seq":
+            return None
+        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id)
+
+    @property
+    def pad_id(self) -> int | None:
+        """What fills up texts that are samples of their own; None: they are packed."""
+        return self._frame.pad_id if self._frame else None
 
     @property
     def unigram_entropy(self) -> float | None:
@@ -138,7 +167,7 @@ class Prepared:
         """What was read, repaired, removed and kept, for printing and for the run's records."""
         sources = []
         numbers = ["documents", "characters", "bytes", "tokens", "unknown_tokens"]
-        numbers += ["classes"] if self._frame else []
+        numbers += ["classes"] if self._manifest.get("classes") else []
         for index, source in enumerate(self._manifest["sources"]):
             kept = {entry["split"]: entry for entry in self._manifest["arrays"] if entry["source"] == index}
             sources.append(
@@ -155,43 +184,42 @@ class Prepared:
         if "kept" in self._manifest:
             result["vocabulary_before"] = self._manifest["kept"]["of"]
         if self._frame:
+            if self.kind != "classification":
+                result["kind"] = self.kind
             result |= {name: self._manifest[name] for name in ("classes", "class_entropy")}
             result["padding"] = tokenize.decoder(self.tokenizer_path).id_to_token(self._frame.pad_id)
         return result
 
     def report_at(self, sequence_length: int) -> dict[str, Any]:
-        """`report`, and of labelled documents how many are longer than a sample: `cut` by split."""
+        """`report`, and of labelled documents how many are longer than a sample (`cut`), how many samples there are
+        (`samples`), and of questions how many have an answer that no sample holds (`unreached`), each by split."""
         if not self._frame:
             return self.report
-        cut = {}
+        cut, numbers, unreached = {}, {}, {}
         splits: tuple[Split, ...] = ("train", "held_out")
         for split in splits:
             samples = self.samples(split, sequence_length, "join") if self.total("documents", split) else None
             cut[split] = samples.num_cut if isinstance(samples, LabelledSamples) else 0
-        return self.report | {"sequence_length": sequence_length, "cut": cut}
+            numbers[split] = len(samples) if samples else 0
+            if isinstance(samples, QuestionSamples):
+                unreached[split] = samples.num_unreached
+        found = {"sequence_length": sequence_length, "cut": cut, "samples": numbers}
+        found |= {"too_long": self.reading.too_long}
+        return self.report | found | ({"unreached": unreached} if unreached else {})
 
-    def samples(self, split: Split, sequence_length: int, boundaries: Boundaries) -> Samples:
+    def samples(
+        self, split: Split, sequence_length: int, boundaries: Boundaries, *, decoder_start: int | None = None
+    ) -> Samples:
         """The samples of a split; of labelled documents :class:`LabelledSamples`.
 
+        Args:
+            decoder_start: of seq2seq, the token that the model's decoder begins with; None: padding, as T5.
+
         Raises:
-            DataError: the split has none.
+            DataError: the split has none, or they cannot be read as the config asks.
         """
-        sources, labels = [], []
-        for entry in self._manifest["arrays"]:
-            if entry["split"] == split:
-                stem = self._stem(entry)
-                tokens = (
-                    # a plain array over the mapping: a memmap object makes indexing several times slower
-                    np.asarray(np.memmap(stem.with_suffix(".tokens"), self._manifest["dtype"], "r"))
-                    if entry["tokens"]
-                    else np.empty(0, dtype=self._manifest["dtype"])
-                )
-                offsets = np.asarray(np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r"))
-                name = self._manifest["sources"][entry["source"]]["name"]
-                weight = self.weights[entry["source"]]
-                sources.append(SourceTokens(name, weight, tokens, offsets, stem.with_suffix(".names")))
-                if self._frame:
-                    labels.append(np.asarray(np.load(stem.with_suffix(".labels.npy"), mmap_mode="r")))
+        entries = [entry for entry in self._manifest["arrays"] if entry["split"] == split]
+        sources = [self._source(entry) for entry in entries]
         common: dict[str, Any] = {
             "sequence_length": sequence_length,
             "boundaries": boundaries,
@@ -201,6 +229,44 @@ class Prepared:
             "decode": lambda ids: tokenize.decoder(self.tokenizer_path).decode(ids, skip_special_tokens=False),
             "split": split,
         }
-        if self._frame:
-            return LabelledSamples(sources, labels, classes=self._manifest["classes"], frame=self._frame, **common)
-        return Samples(sources, **common)
+        if self.kind is None:
+            return Samples(sources, **common)
+        labels = [self._labels(entry) for entry in entries]
+        if self._frame is None:
+            empty = np.empty(0, dtype=np.uint8)
+            return AnswerSamples(sources, [empty if own.marks is None else own.marks for own in labels], **common)
+        common |= {"kind": self.kind, "classes": self._manifest["classes"], "frame": self._frame, "pair": self._pair}
+        common["reading"] = self.reading
+        match self.kind:
+            case "token_classification":
+                return TaggedSamples(sources, labels, **common)
+            case "question_answering":
+                return QuestionSamples(sources, labels, written=[self._written(entry) for entry in entries], **common)
+            case "seq2seq":
+                return SequenceSamples(sources, labels, decoder_start=decoder_start, **common)
+            case _:
+                return LabelledSamples(sources, labels, **common)
+
+    def _source(self, entry: dict[str, Any]) -> SourceTokens:
+        stem = self._stem(entry)
+        tokens = (
+            # a plain array over the mapping: a memmap object makes indexing several times slower
+            np.asarray(np.memmap(stem.with_suffix(".tokens"), self._manifest["dtype"], "r"))
+            if entry["tokens"]
+            else np.empty(0, dtype=self._manifest["dtype"])
+        )
+        name = self._manifest["sources"][entry["source"]]["name"]
+        weight = self.weights[entry["source"]]
+        return SourceTokens(name, weight, tokens, _mapped(stem, "offsets"), stem.with_suffix(".names"))
+
+    def _labels(self, entry: dict[str, Any]) -> Labels:
+        stem, files = self._stem(entry), entry.get("files", ("labels",))
+        return Labels(**{name: _mapped(stem, name) for name in files})
+
+    def _written(self, entry: dict[str, Any]) -> Written:
+        stem = self._stem(entry)
+        return Written(stem.with_suffix(".texts"), _mapped(stem, "text_offsets"), stem.with_suffix(".answers"))
+
+
+def _mapped(stem: Path, name: str) -> Any:
+    return np.asarray(np.load(stem.with_suffix(f".{name}.npy"), mmap_mode="r"))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config.schema import TokenizerConfig, TrainTokenizerConfig
+from trainer.data.chat import Chat
 from trainer.data.hashes import ContentHashes
 from trainer.errors import DataError
 from trainer.records import IntArray
@@ -39,6 +40,18 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class PairFrame:
+    """What the tokenizer puts before, between and behind two texts."""
+
+    prefix: tuple[int, ...]
+    middle: tuple[int, ...]
+    suffix: tuple[int, ...]
+    types: tuple[int, int, int, int, int] | None
+    """Kind of segment (`token_type_ids`) of the prefix, the first text, the middle, the second text and the suffix;
+    None: the model is not told."""
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """What the rest needs to know of a tokenizer."""
 
@@ -51,6 +64,8 @@ class Vocabulary:
     """Stands for text that the vocabulary cannot express; None where it can express all."""
     frame: Frame | None = None
     """Of labelled texts."""
+    pair: PairFrame | None = None
+    """Of labelled texts that come in pairs."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -134,7 +149,13 @@ def _with_special_tokens(file: Path) -> Any:
 
 
 def save(
-    choice: Choice, folder: Path, texts: Iterator[str], num_characters: int, *, labelled: bool = False
+    choice: Choice,
+    folder: Path,
+    texts: Iterator[str],
+    num_characters: int,
+    *,
+    labelled: bool = False,
+    pair: bool = False,
 ) -> Vocabulary:
     """Write the tokenizer so that `AutoTokenizer.from_pretrained(folder)` loads it, after training it where asked.
 
@@ -142,6 +163,7 @@ def save(
         texts: the training documents, for a tokenizer that is trained here.
         num_characters: of all texts.
         labelled: each text is a sample of its own. Where the tokenizer has no padding, end-of-text stands for it.
+        pair: texts come in pairs.
     """
     if choice.train is None:
         assert choice.location is not None
@@ -150,7 +172,7 @@ def save(
         tokenizer = _train(choice.train, texts, num_characters)
     end = _end(tokenizer)
     if end is None:
-        raise DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
+        raise _no_end(choice)
     if labelled:
         # as the samples are made: what is exported does the same
         tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -163,15 +185,34 @@ def save(
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
-    return _vocabulary(tokenizer, end, folder, labelled)
+    return _vocabulary(tokenizer, end, folder, labelled, pair)
 
 
-def saved_vocabulary(choice: Choice, folder: Path, *, labelled: bool) -> Vocabulary:
+def saved_vocabulary(choice: Choice, folder: Path, *, labelled: bool, pair: bool = False) -> Vocabulary:
     """That of the tokenizer in `folder`, which began as what :func:`save` wrote."""
     tokenizer = _load(folder, choice.trust_remote_code)
     end = _end(tokenizer)
     assert end is not None
-    return _vocabulary(tokenizer, end, folder, labelled)
+    return _vocabulary(tokenizer, end, folder, labelled, pair)
+
+
+def chat(choice: Choice) -> Chat:
+    """Renders conversations as the tokenizer of the choice asks for.
+
+    Raises:
+        DataError: it cannot be loaded, or has no end-of-text.
+    """
+    if choice.location is None:
+        return Chat(None, END_OF_TEXT)
+    tokenizer = _load(choice.location, choice.trust_remote_code)
+    end = _end(tokenizer)
+    if end is None:
+        raise _no_end(choice)
+    return Chat(tokenizer, str(tokenizer.convert_ids_to_tokens(end)))
+
+
+def _no_end(choice: Choice) -> DataError:
+    return DataError(f"the tokenizer {str(choice.location)!r} has no end-of-text token (eos_token), which is needed")
 
 
 def _end(tokenizer: Any) -> int | None:
@@ -179,22 +220,40 @@ def _end(tokenizer: Any) -> int | None:
     return end if end is not None else tokenizer.sep_token_id
 
 
-def _vocabulary(tokenizer: Any, end: int, folder: Path, labelled: bool) -> Vocabulary:
+def _vocabulary(tokenizer: Any, end: int, folder: Path, labelled: bool, pair: bool) -> Vocabulary:
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     special = tuple(sorted(set(tokenizer.all_special_ids)))
     unknown = tokenizer.unk_token_id
     frame = _frame(folder / "tokenizer.json", tokenizer.pad_token_id) if labelled else None
-    return Vocabulary(size, end, tokenizer.mask_token_id, special, None if unknown == end else unknown, frame)
+    told = "token_type_ids" in tokenizer.model_input_names
+    two = _pair_frame(folder / "tokenizer.json", end, told) if labelled and pair else None
+    return Vocabulary(size, end, tokenizer.mask_token_id, special, None if unknown == end else unknown, frame, two)
+
+
+def _known_text(tokenizer: Tokenizer) -> str:
+    """A text that the vocabulary has words for."""
+    return next(text for text in chain("a", tokenizer.get_vocab()) if 0 in tokenizer.encode(text).special_tokens_mask)
 
 
 def _frame(path: Path, pad_id: int) -> Frame:
-    tokenizer = _tokenizer(path)
-    # a text that the vocabulary has words for
-    encodings = map(tokenizer.encode, chain("a", tokenizer.get_vocab()))
-    encoding = next(encoding for encoding in encodings if 0 in encoding.special_tokens_mask)
+    tokenizer = load(path)
+    encoding = tokenizer.encode(_known_text(tokenizer))
     ids, added = encoding.ids, encoding.special_tokens_mask
     first, last = added.index(0), len(added) - added[::-1].index(0)
     return Frame(tuple(ids[:first]), tuple(ids[last:]), pad_id)
+
+
+def _pair_frame(path: Path, end: int, told: bool) -> PairFrame:
+    tokenizer = load(path)
+    text = _known_text(tokenizer)
+    encoding = tokenizer.encode(text, text)
+    ids, types = encoding.ids, encoding.type_ids
+    one, two = ([at for at, text in enumerate(encoding.sequence_ids) if text == number] for number in (0, 1))
+    # two texts that nothing keeps apart would be read as one
+    middle = tuple(ids[one[-1] + 1 : two[0]]) or (end,)
+    places = (0, one[0], min(one[-1] + 1, two[0] - 1), two[0], len(ids) - 1)
+    of = tuple(types[place] for place in places)
+    return PairFrame(tuple(ids[: one[0]]), middle, tuple(ids[two[-1] + 1 :]), of if told else None)  # type: ignore[arg-type]
 
 
 def _train(config: TrainTokenizerConfig, texts: Iterator[str], num_characters: int) -> Any:
@@ -237,7 +296,7 @@ class EncodeTask:
 
 def encode(task: EncodeTask) -> tuple[NDArray[Any], IntArray]:
     """Tokens of all documents, one after the other, and the number of each, [documents]; end-of-text included."""
-    tokenizer = _tokenizer(task.tokenizer)
+    tokenizer = load(task.tokenizer)
     with task.text.open("rb") as file:
         file.seek(int(task.starts[0]))
         data = file.read(int(task.starts[-1] - task.starts[0]))
@@ -273,11 +332,16 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
+@lru_cache(maxsize=2)
+def load(path: Path, *, special: bool = False) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Args:
+        special: a text that spells a special token means it, as in a rendered conversation.
+    """
     tokenizer = Tokenizer.from_file(str(path))
     # a text that spells a special token is text, and documents keep their length
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = not special
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -285,4 +349,4 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def decoder(folder: Path) -> Tokenizer:
     """The tokenizer of prepared data, for turning tokens back into text."""
-    return _tokenizer(folder / "tokenizer.json")
+    return load(folder / "tokenizer.json")

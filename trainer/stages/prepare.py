@@ -19,12 +19,13 @@ from trainer.config.facts import facts_from_json, facts_to_json
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.resolve import loads_teacher, tokenizer_reference
-from trainer.config.schema import DataConfig, RunConfig
+from trainer.config.schema import RunConfig
 from trainer.data import report
-from trainer.data.build import Progress
 from trainer.data.changes import check_unchanged
+from trainer.data.parts import Progress
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
+from trainer.data.windows import Reading
 from trainer.errors import DataError, ExitCode, RunDirectoryError, TrimtabError
 from trainer.records import Classes, ModelFacts
 
@@ -37,10 +38,11 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         ConfigError: a model that does not fit.
     """
     prepared = prepare(
-        _data(config),
+        config.data,
         base=files.root,
         tokenizer_fallback=tokenizer_reference(config),
         trust_remote_code=config.model.trust_remote_code,
+        kind=config.objective.kind,
         progress=progress,
     )
     if files.data.exists():
@@ -72,14 +74,6 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     write_whole(files.data, json.dumps(note, indent=1))
     write_whole(files.model, facts_to_json(facts))
     return prepared, facts
-
-
-def _data(config: RunConfig) -> DataConfig:
-    """Where nothing is classified, labelled texts are packed like any others."""
-    if config.objective.kind == "classification":
-        return config.data
-    sources = tuple(source.model_copy(update={"label": None, "classes": ()}) for source in config.data.sources)
-    return config.data.model_copy(update={"sources": sources})
 
 
 def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
@@ -169,7 +163,7 @@ def open_run(files: RunFiles, config: RunConfig) -> tuple[Prepared, ModelFacts]:
     path = Path(note["path"])
     if not path.is_dir():
         raise DataError(f"the prepared data {path} is gone; run `trimtab prepare {files.root}`")
-    prepared = Prepared.open(path, [source.weight for source in config.data.sources])
+    prepared = Prepared.open(path, [source.weight for source in config.data.sources], Reading.of(config.data))
     if prepared.fingerprint != note["fingerprint"] and not config.data.accept_changed:
         raise DataError(
             f"the prepared data {path} is not what {files.root} began with; restore it, or set data.accept_changed=true"

@@ -9,6 +9,7 @@ import pytest
 
 from trainer.config.schema import SourceConfig
 from trainer.data.corpus import resolve, standard_library
+from trainer.data.tasks import maker
 from trainer.errors import DataError
 
 
@@ -33,7 +34,8 @@ def test_globs_are_sorted_and_files_come_once(tmp_path):
 def test_tables_of_orange_have_two_rows_under_their_header(tmp_path):
     write(tmp_path, a_tab="label\ttext\nd\tstring\nclass\t\nx\tone\ny\ttwo\n", b_tab="text\tn\nthree\t3\nfour\t4\n")
     (source,) = resolve([SourceConfig(files=("a.tab",), label="label")], tmp_path)
-    assert list(source.documents()) == [("a.tab:1", "one", "x"), ("a.tab:2", "two", "y")]
+    found = [(each.name, each.text, each.label) for each in source.documents(maker(source, None))]
+    assert found == [("a.tab:1", "one", "x"), ("a.tab:2", "two", "y")]
     assert documents(tmp_path, files=("b.tab",)) == [("b.tab:1", "three"), ("b.tab:2", "four")]
 
 

@@ -190,12 +190,15 @@ def test_use_and_classes_choose_documents(run: Any, tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", rows(15, first=100) + rows(3))
     sources = [{"files": ("a.jsonl",), "use": "train"}, {"files": ("b.jsonl",), "use": "held_out"}]
     prepared = run(*sources)
-    assert [len(samples_of(prepared, split)) for split in ("train", "held_out")] == [30, 15]
-    # what the test split shares with the training split is left out, and told
-    assert prepared.report["sources"][1]["removed"]["exact duplicate"]["documents"] == 3
+    assert [len(samples_of(prepared, split)) for split in ("train", "held_out")] == [27, 18]
+    # what the test split shares with the training split is left out of this one, and told
+    leaked = prepared.report["sources"][0]["removed"]["also in the held-out split"]
+    assert leaked["documents"] == 3
+    assert leaked["pairs"][0] == ["a.jsonl:1 (good)", "b.jsonl:16 (good)"]
+    assert prepared.report["sources"][1]["removed"] == {}
     two = run(*({**source, "classes": ("good", "bad")} for source in sources))
     assert two.classes.names == ("bad", "good")
-    assert [len(samples_of(two, split)) for split in ("train", "held_out")] == [20, 10]
+    assert [len(samples_of(two, split)) for split in ("train", "held_out")] == [18, 12]
     removed = two.report["sources"][0]["removed"]
     assert removed["not of the chosen classes"]["documents"] == 10
     with pytest.raises(DataError, match=r"source a\.jsonl: no record is of the class 'goood' .*did you mean 'good'\?"):

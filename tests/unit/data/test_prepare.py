@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from trainer.config.schema import CleanConfig, DataConfig, SourceConfig, TokenizerConfig, TrainTokenizerConfig
-from trainer.data import build
+from trainer.data import build, parts
 from trainer.data.changes import check_unchanged
 from trainer.data.prepare import find, prepare
 from trainer.data.prepared import Prepared
@@ -142,7 +142,7 @@ def test_the_manifest_counts_what_is_there(base, config):
 
 def test_workers_do_not_change_a_byte(base, config, tmp_path, monkeypatch):
     # small enough for several tasks and several processes
-    monkeypatch.setattr(build, "_CHUNK_CHARACTERS", 1500)
+    monkeypatch.setattr(parts, "CHUNK_CHARACTERS", 1500)
     monkeypatch.setattr(build, "_BYTES_WORTH_A_WORKER", 1000)
     (base / "59.txt").write_text(story(7) + "and so on")
     one = run(config(prepared=str(tmp_path / "one"), workers=1), base)
