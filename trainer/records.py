@@ -348,6 +348,8 @@ class ModelFacts:
     matmul_parameters: int
     """Parameters that take part in matrix products for each token: all 2-D weights but look-up embeddings; a tied
     output head counts."""
+    frozen_parameters: int = 0
+    """Elements of weights that are not trained: they have no gradient and no optimizer state."""
 
     @property
     def num_parameters(self) -> int:

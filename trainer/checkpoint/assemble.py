@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.elastic import BUFFER, read_buffers
-from trainer.checkpoint.layout import MASTER, Piece, covers, read_layout
+from trainer.checkpoint.layout import AVERAGE, MASTER, Piece, covers, read_layout
 from trainer.checkpoint.manifest import check_file, read_manifest, shard_files
 from trainer.checkpoint.slices import OpenFiles
 from trainer.errors import CheckpointError
@@ -22,7 +22,7 @@ def whole_parameters(directory: Path, *, key: str = MASTER, verify: bool = True)
 
     Args:
         directory: a committed checkpoint, written by any number of ranks in any ZeRO stage.
-        key: `master`, or a moment (`exp_avg`, `exp_avg_sq`): then without buffers.
+        key: `master`, their moving average (`ema`), or a moment (`exp_avg`, `exp_avg_sq`): then without buffers.
         verify: compare sizes and hashes of all files first.
 
     Raises:
@@ -42,7 +42,7 @@ def whole_parameters(directory: Path, *, key: str = MASTER, verify: bool = True)
             if name not in pieces:
                 raise CheckpointError(f"{directory} holds nothing of the parameter {name}; use another checkpoint")
             yield name, _join(directory, name, key, pieces[name], opened)
-    if key == MASTER:
+    if key in (MASTER, AVERAGE):
         for name, buffer in read_buffers(files[0][0]).items():
             yield name.removeprefix(BUFFER), buffer
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from trainer.errors import CheckpointError
 
 MASTER = "master"
+AVERAGE = "ema"
+"""The moving average of the weights, where a run keeps one."""
 Count = Annotated[int, Field(strict=True, ge=0)]
 Number = bool | int | float
 

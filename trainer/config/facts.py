@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 
 from trainer.records import ModelFacts, ParameterFacts
 
@@ -20,8 +20,9 @@ def facts_from_json(text: str) -> ModelFacts:
     """
     data = json.loads(text)
     names = {field.name for field in fields(ModelFacts)}
-    if not isinstance(data, dict) or set(data) != names:
-        found = set(data) if isinstance(data, dict) else set()
+    found = set(data) if isinstance(data, dict) else set()
+    # what has a default was not written by earlier versions
+    if not {field.name for field in fields(ModelFacts) if field.default is MISSING} <= found <= names:
         raise ValueError(
             f"these are not the facts of a model: missing {sorted(names - found)}, unknown {sorted(found - names)}"
         )

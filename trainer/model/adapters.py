@@ -70,7 +70,7 @@ def target_names(model: PreTrainedModel, targets: tuple[str, ...], trained: list
     """Full names of the linear modules that `model.lora.targets` names, without those within `trained` modules.
 
     Raises:
-        ConfigError: one of them names none.
+        ConfigError: one of them names none, or one whose weight is tied to the embeddings.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     linear = [name for name in linear if not _within(name, [*trained, PROJECTIONS])]
@@ -84,6 +84,11 @@ def target_names(model: PreTrainedModel, targets: tuple[str, ...], trained: list
         if not found:
             raise ConfigError([(f"model.lora.targets.{place}", _unknown(target, linear, "linear module", model))])
         chosen.update(found)
+    embedding: Any = model.get_input_embeddings()
+    for name in chosen:
+        if embedding is not None and model.get_submodule(name).weight is embedding.weight:
+            text = f"{name} shares its weight with the embeddings, which would change with it; leave it out"
+            raise ConfigError([("model.lora.targets", text)])
     return [name for name in linear if name in chosen]
 
 
@@ -122,8 +127,7 @@ def peft_config(model: PreTrainedModel, config: RunConfig, targets: list[str], t
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         modules_to_save=list(trained) or None,
-        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
-        base_model_name_or_path=config.model.pretrained,
+        fan_in_fan_out=any(isinstance(_base(modules[name]), Conv1D) for name in targets),
     )
 
 
@@ -155,6 +159,10 @@ def merged(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if name in layers:
             tensor = tensor.float() + layers[name].get_delta_weight(ADAPTER).to(tensor.device)
         yield plain_name(name), tensor
+
+
+def _base(module: nn.Module) -> Any:
+    return getattr(module, "base_layer", module)
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -58,6 +58,7 @@ def describe(
         vocabulary=text_config.vocab_size,
         max_positions=max_positions(model.config),
         matmul_parameters=_matmul_parameters(model),
+        frozen_parameters=sum(each.numel() for each in model.parameters() if not each.requires_grad),
     )
 
 

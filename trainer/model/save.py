@@ -65,8 +65,7 @@ def save_model(
     """
     if output.exists() and not (output.is_dir() and (_is_export(output) or not any(output.iterdir()))):
         raise RunDirectoryError(f"{output} is in the way: it is not an earlier export; move it, or export elsewhere")
-    # without projections to a teacher, whose files may be gone by now
-    model = meta_model(config.model_copy(update={"distill": None}), vocabulary, classes, kept)
+    model = meta_model(_plain(config), vocabulary, classes, kept)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -87,6 +86,16 @@ def save_model(
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Without projections to a teacher, whose files may be gone by now, without adapters, and nothing frozen."""
+    changes = {
+        "distill": None,
+        "model": config.model.model_copy(update={"lora": None}),
+        "optim": config.optim.model_copy(update={"freeze": ()}),
+    }
+    return config.model_copy(update=changes)
 
 
 def _is_export(folder: Path) -> bool:

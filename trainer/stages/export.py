@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.assemble import averaged_parameters, whole_parameters
-from trainer.checkpoint.manifest import best_score, is_healthy, name_of, read_manifest
+from trainer.checkpoint.layout import AVERAGE, MASTER, read_layout
+from trainer.checkpoint.manifest import best_score, is_healthy, name_of, read_manifest, shard_files
 from trainer.checkpoint.store import committed_steps
 from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
-from trainer.errors import CheckpointError, ExitCode, TrimtabError
+from trainer.config.schema import RunConfig
+from trainer.data.prepared import Prepared
+from trainer.errors import CheckpointError, ConfigError, ExitCode, TrimtabError
+from trainer.model.freezing import is_partly_frozen
 from trainer.model.save import save_model
 from trainer.stages.prepare import open_run
 from trainer.starts import read_starts
@@ -44,26 +48,56 @@ def export_run(
     checkpoint: str | None = None,
     dtype: str | None = None,
     average: int | None = None,
+    adapter: bool = False,
+    ema: bool = True,
 ) -> Exported:
-    """Write the weights of a committed checkpoint, or of the average of several, one parameter at a time.
+    """Write the weights of a committed checkpoint, or of the average of several, one parameter at a time; where some
+    weights were not trained, the whole model is in memory. Adapters are added to the weights that they lie beside.
 
     Args:
         checkpoint: its name; None: where evaluations were compared (`evaluation.best`) the best, else the newest of the
             run's history.
         dtype: fp32, bf16 or fp16; None: what the model was trained in.
         average: so many healthy checkpoints, the newest up to `checkpoint`.
+        adapter: write the adapters alone, as peft does.
+        ema: write the moving average of the weights, where the run keeps one and no `average` is asked for.
 
     Raises:
         CheckpointError: there is none or there are too few, or one is damaged.
+        ConfigError: there are no adapters to write, or none that would fit the pretrained model.
     """
     config = read_run_config(files.root)
     chosen = choose(files, checkpoint, average, best=config.evaluation.best)
     directories = [files.checkpoints / name for name in chosen]
     dtype = dtype or read_manifest(directories[-1]).precision or "fp32"
     prepared, _ = open_run(files, config)
+    if adapter:
+        _check_adapter(config, prepared)
+    if len(directories) == 1:
+        uses_ema = ema and config.optim.ema is not None
+        tensors = whole_parameters(directories[0], key=AVERAGE if uses_ema else MASTER)
+    elif config.model.lora is not None:
+        raise CheckpointError("the average of adapters is not that of the models they make; export one checkpoint")
+    else:
+        tensors = averaged_parameters(directories)
+    if is_partly_frozen(config):
+        # peft and what builds models take seconds to import, which other exports need not wait for
+        from trainer.model.adapters import merged
+        from trainer.stages.trained import trained_model
+
+        manifest = read_manifest(directories[-1])
+        origin = read_layout(shard_files(directories[-1], manifest)[0][1])[1].get("origin", "")
+        computed = DTYPES[manifest.precision or "fp32"]
+        model = trained_model(config, prepared, tensors, dtype=computed, origin=origin)
+        if adapter:
+            from trainer.model.save_adapter import save_adapter
+
+            save_adapter(config, model, output, tokenizer_path=prepared.tokenizer_path, dtype=DTYPES[dtype])
+            return Exported(chosen, dtype)
+        tensors = merged(model)
     save_model(
         config,
-        whole_parameters(directories[0]) if len(directories) == 1 else averaged_parameters(directories),
+        tensors,
         output,
         tokenizer_path=prepared.tokenizer_path,
         vocabulary=prepared.vocabulary,
@@ -72,6 +106,19 @@ def export_run(
         kept=prepared.kept,
     )
     return Exported(chosen, dtype)
+
+
+def _check_adapter(config: RunConfig, prepared: Prepared) -> None:
+    """
+    Raises:
+        ConfigError: the run has no adapters, or they fit no published model.
+    """
+    if config.model.lora is None:
+        raise ConfigError([("model.lora", "is not set: this run has no adapter to export; leave --adapter out")])
+    for path, differs in (("model.layers", config.model.layers), ("data.tokenizer.keep", prepared.kept)):
+        if differs is not None:
+            text = f"leaves out a part of {config.model.pretrained}, beside which the adapter would not fit"
+            raise ConfigError([(path, f"{text}; export without --adapter")])
 
 
 def choose(files: RunFiles, checkpoint: str | None, average: int | None, *, best: str | None = None) -> tuple[str, ...]:
@@ -115,14 +162,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", help="name below checkpoints/; by default the best, else the newest")
     parser.add_argument("--average", type=_positive, metavar="N", help="average the last N healthy checkpoints")
-    parser.add_argument("--output", type=Path, help="by default RUN/export")
+    parser.add_argument("--output", type=Path, help="by default RUN/export, for --adapter RUN/adapter")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="by default what the model was trained in")
+    parser.add_argument("--adapter", action="store_true", help="the adapters alone, as peft writes them")
+    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     options = parser.parse_args(arguments)
     files = RunFiles(options.run.absolute())
-    output = options.output or files.export
+    output = options.output or (files.root / "adapter" if options.adapter else files.export)
     try:
         exported = export_run(
-            files, output, checkpoint=options.checkpoint, dtype=options.dtype, average=options.average
+            files,
+            output,
+            checkpoint=options.checkpoint,
+            dtype=options.dtype,
+            average=options.average,
+            adapter=options.adapter,
+            ema=not options.no_ema,
         )
     except TrimtabError as error:
         print(error, file=sys.stderr)
