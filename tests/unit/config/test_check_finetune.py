@@ -1,0 +1,107 @@
+"""Contradictions in augmentation and early stopping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from trainer.config.check_finetune import problems, without_effect
+from trainer.config.objective import Kind
+from trainer.config.schema import RunConfig
+from trainer.config.scores import SCORES, SMALLER_IS_BETTER, names_of
+
+
+def config_of(**changes: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "name": "small",
+        "data": {"sources": ({"files": ("rows.jsonl",), "label": "label"},), "held_out": 0.1},
+        "model": {"config": {"model_type": "bert"}},
+        "objective": {"kind": "classification"},
+        "batch": {"samples": 8, "micro": 2},
+        "optim": {"lr": 1e-3},
+        "schedule": {"duration": 8},
+    }
+    for name, value in changes.items():
+        base[name] = {**base.get(name, {}), **value}
+    return RunConfig.model_validate(base)
+
+
+def test_every_kind_has_its_scores() -> None:
+    assert set(SCORES) == set(get_args(Kind))
+    assert {name for name in SMALLER_IS_BETTER if not any(name in names_of(kind) for kind in SCORES)} == set()
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_names_are_those_that_evaluations_give(kind: Any) -> None:
+    for name in names_of(kind):
+        config = config_of(objective={"kind": kind}, evaluation={"best": name, "patience": 3})
+        assert [*problems(config)] == []
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no such score": (
+        {"evaluation": {"best": "f1-macro"}},
+        "evaluation.best",
+        "'f1-macro', which objective.kind classification does not have.*did you mean `f1_macro`",
+    ),
+    "of another kind": (
+        {"evaluation": {"best": "bleu"}},
+        "evaluation.best",
+        "'bleu', which objective.kind classification does not have: loss, accuracy",
+    ),
+    "nothing held out": (
+        {"evaluation": {"best": "loss"}, "data": {"held_out": 0.0}},
+        "evaluation.best",
+        "no held-out text",
+    ),
+    "no evaluations": (
+        {"evaluation": {"best": "loss", "every": None, "patience": 1}},
+        "evaluation.patience",
+        "evaluation.every is null",
+    ),
+    "packed": (
+        {"data": {"augment": {"delete": 0.1}}, "objective": {"kind": "causal"}},
+        "data.augment",
+        "objective.kind is causal",
+    ),
+    "words with labels": (
+        {"data": {"augment": {"mask": 0.1}}, "objective": {"kind": "token_classification"}},
+        "data.augment",
+        "objective.kind is token_classification",
+    ),
+    "a cache": (
+        {"data": {"augment": {"mask": 0.1}}, "distill": {"teacher": {"pretrained": "x", "place": "cache"}}},
+        "data.augment",
+        "which a cache cannot hold",
+    ),
+    "nothing changed": ({"data": {"augment": {}}}, "data.augment", "changes nothing"),
+    "all swapped": ({"data": {"augment": {"swap": 0.6}}}, "data.augment.swap", "at most 0.5"),
+    "no lexicon": ({"data": {"augment": {"synonyms": 0.1}}}, "data.augment.lexicon", "is missing"),
+    "lexicon gone": (
+        {"data": {"augment": {"synonyms": 0.1, "lexicon": "/no/such"}}},
+        "data.augment.lexicon",
+        "/no/such does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "path", "text"), WRONG.values(), ids=WRONG)
+def test_contradictions_are_refused(changes: dict[str, Any], path: str, text: str) -> None:
+    import re
+
+    ((found, sentence),) = problems(config_of(**changes))
+    assert found == path
+    assert re.search(text, sentence)
+
+
+def test_what_fits_is_allowed(tmp_path: Path) -> None:
+    lexicon = tmp_path / "words.txt"
+    lexicon.touch()
+    augment = {"synonyms": 0.1, "lexicon": str(lexicon), "swap": 0.5}
+    for kind in ("classification", "multi_label", "regression"):
+        assert [*problems(config_of(objective={"kind": kind}, data={"augment": augment}))] == []
+    assert [*problems(config_of())] == []
+    idle = {path for path, is_idle, _ in without_effect(config_of(data={"augment": {"mask": 0.1}})) if is_idle}
+    assert idle == {"evaluation.patience", "data.augment.lexicon"}
