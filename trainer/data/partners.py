@@ -25,8 +25,8 @@ Fetch = Callable[[IntArray, IntArray], Arrays]
 class Partners:
     """Pairs for mixup (Zhang et al. 2018, https://arxiv.org/abs/1710.09412), within each global batch.
 
-    The partner of a sample stands a few places further on in its batch, the last ones' at its beginning: every sample is
-    one partner, and none its own unless the batch is one sample. How far is drawn for each batch.
+    The partner of a sample stands some places further on in its batch, the last ones' at its beginning: every sample
+    is the partner of one, and none its own unless the batch is one sample. How far is drawn for each batch.
 
     Args:
         batch: samples in a global batch.
