@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trainer.config.objective import EACH_ALONE
 from trainer.config.schema import ModelConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.model.dropout import set_dropout
 from trainer.model.heads import BEGIN_BEHIND_PADDING, check_objective, is_another_head, set_head
 from trainer.model.layers import cut_configuration, kept_layers
 from trainer.model.vocabulary import cut_vocabulary
@@ -59,6 +60,8 @@ def model_configuration(
         _cut_vocabulary(result, kept)
     _check_vocabulary(config, result, vocabulary)
     set_head(config, result, classes)
+    if config.model.dropout is not None:
+        set_dropout(result, config.model.dropout, but={*config.model.overrides, *(config.model.config or {})})
     # caches of keys and values are for generation
     result.use_cache = False
     return result
