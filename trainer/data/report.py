@@ -36,6 +36,8 @@ def table(report: dict[str, Any]) -> Table:
             result.add_row(f"  {repair}", f"{count:,}")
         for rule, entry in source["removed"].items():
             result.add_row(f"  {rule}", f"−{entry['documents']:,}", f"−{entry['characters']:,}")
+            for one, other in entry.get("pairs", ()):
+                result.add_row(Text(f"    {one} = {other}", style="dim"))
         if train["unknown_tokens"] or held_out["unknown_tokens"]:
             unknown = (f"{split['unknown_tokens']:,}" for split in (train, held_out))
             result.add_row("  text that the vocabulary cannot express", "", "", *unknown)
@@ -46,26 +48,46 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
+_LONG = {"cut": "cut", "window": "in windows", "leave_out": "left out"}
+_SPLITS = ("train", "held_out")
+
+
 def _add_classes(result: Table, report: dict[str, Any]) -> None:
     from rich.text import Text
 
-    splits = ("train", "held_out")
-    by_source = {split: [source[split]["classes"] for source in report["sources"]] for split in splits}
-    counts = [[sum(numbers) for numbers in zip(*by_source[split], strict=True)] for split in splits]
     result.add_section()
-    result.add_row(Text("class", style="bold"), "", "", "documents", "documents")
-    for number, name in enumerate(report["classes"]):
-        shares = (f"{of[number]:,} {of[number] / max(1, sum(of)):4.0%}" for of in counts)
-        result.add_row(Text(f"  {name}"), "", "", *shares)
+    if report["classes"]:
+        what = "words" if report.get("kind") == "token_classification" else "documents"
+        result.add_row(Text("class", style="bold"), "", "", what, what)
+        by_source = {split: [source[split]["classes"] for source in report["sources"]] for split in _SPLITS}
+        counts = [[sum(numbers) for numbers in zip(*by_source[split], strict=True)] for split in _SPLITS]
+        totals = [sum(of) for of in counts]
+        if report.get("kind") == "multi_label":
+            # a document may be of several
+            totals = [sum(source[split]["documents"] for source in report["sources"]) for split in _SPLITS]
+        for number, name in enumerate(report["classes"]):
+            shares = (
+                f"{of[number]:,} {of[number] / max(1, total):4.0%}" for of, total in zip(counts, totals, strict=True)
+            )
+            result.add_row(Text(f"  {name}"), "", "", *shares)
     if "cut" in report:
-        cut = (f"{report['cut'][split]:,}" for split in splits)
-        result.add_row(f"  longer than {report['sequence_length']} tokens, cut", "", "", *cut)
+        long = f"  longer than {report['sequence_length']} tokens, {_LONG[report['too_long']]}"
+        result.add_row(long, "", "", *_numbers(report["cut"]))
+        result.add_row("  samples", "", "", *_numbers(report["samples"]))
+    if "unreached" in report:
+        result.add_row("  answers that no sample holds", "", "", *_numbers(report["unreached"]))
+
+
+def _numbers(by_split: dict[str, int]) -> list[str]:
+    return [f"{by_split[split]:,}" for split in _SPLITS]
 
 
 def _known(report: dict[str, Any]) -> str:
+    has_held_out = any(source["held_out"]["documents"] for source in report["sources"])
     if "classes" not in report:
         entropy = report["unigram_entropy"]
         return f"unigram entropy {entropy:.3f} nats a token" if entropy is not None else "no held-out split"
     entropy = report["class_entropy"]
-    known = f"class entropy {entropy:.3f} nats a text" if entropy is not None else "no held-out split"
-    return f"{known} · padding {report['padding']}"
+    known = [f"class entropy {entropy:.3f} nats a text"] if entropy is not None else []
+    known += [] if has_held_out else ["no held-out split"]
+    return " · ".join([*known, f"padding {report['padding']}"])
