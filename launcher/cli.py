@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.evaluate import evaluate
 from launcher.slurm import verbs
 from trainer.errors import LaunchError, TrimtabError
 
@@ -234,6 +235,9 @@ def export(
     read_run_config(run)
     given = (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype), ("--average", average))
     raise typer.Exit(start.export(run.absolute(), [f"{name}={value}" for name, value in given if value is not None]))
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -93,6 +93,11 @@ def micro_batches(
         yield ids, trimmed({"input_ids": tokens, "attention_mask": mask, "labels": labels}, kind)  # type: ignore[arg-type]
 
 
+def text_columns(ids: np.ndarray) -> np.ndarray:
+    """All but the first token of each window."""
+    return np.array([[1, len(sample("question_answering", number)[0])] for number in ids.tolist()])
+
+
 def scored(rank: int, world_size: int, kind: str, num_samples: int, micro: int, alone: bool) -> Any:
     """Predictions and scores; `alone`: of each rank by itself, over all samples."""
     from trainer.stages.scoring import Keeper, gathered, predictions
@@ -100,8 +105,9 @@ def scored(rank: int, world_size: int, kind: str, num_samples: int, micro: int, 
 
     place = (0, 1) if alone else (rank, world_size)
     objective, model = ObjectiveConfig(kind=kind), model_of(kind)  # type: ignore[arg-type]
-    own = predictions(model, objective, micro_batches(kind, num_samples, micro, *place))
-    keeper = Keeper(objective, (ids for ids, _ in micro_batches(kind, num_samples, micro, *place)))
+    columns = text_columns if kind == "question_answering" else None
+    own = predictions(model, objective, micro_batches(kind, num_samples, micro, *place), columns)
+    keeper = Keeper(objective, (ids for ids, _ in micro_batches(kind, num_samples, micro, *place)), columns)
     arrays = (arrays for _, arrays in micro_batches(kind, num_samples, micro, *place))
     with keeper.watching(model):
         for each in keeper.seen(arrays):
@@ -115,7 +121,9 @@ def scored(rank: int, world_size: int, kind: str, num_samples: int, micro: int, 
     if whole is None:
         assert rank != 0
         return None
-    return whole.ids.tolist(), whole.predictions, whole.truths, whole.scores(NAMES[kind]).values
+    # answers are scored where their text is known
+    values = {"windows": 1.0} if kind == "question_answering" else whole.scores(NAMES[kind]).values
+    return whole.ids.tolist(), whole.predictions, whole.truths, values
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -69,16 +69,27 @@ def best_span(windows: Iterable[Window], longest: int = LONGEST) -> tuple[int, i
     logits with the start not behind the end and at most `longest` tokens; (0, 0) without any token of the text."""
     best, found = -np.inf, (0, 0)
     for window in windows:
-        inside = np.array([place is not None for place in window.places])
-        starts = np.where(inside, np.asarray(window.starts, dtype=np.float64), -np.inf)
-        ends = np.where(inside, np.asarray(window.ends, dtype=np.float64), -np.inf)
-        sums = starts[:, None] + ends[None, :]
-        length = np.arange(len(ends))[None, :] - np.arange(len(starts))[:, None]
-        sums[(length < 0) | (length >= longest)] = -np.inf
-        first, last = divmod(int(sums.argmax()), sums.shape[1])
-        if sums[first, last] > best:
-            begin, end = window.places[first], window.places[last]
+        inside = np.flatnonzero([place is not None for place in window.places])
+        if len(inside):
+            value, first, last = best_tokens(window.starts[inside], window.ends[inside], longest)
+            begin, end = window.places[inside[first]], window.places[inside[last]]
             assert begin is not None
             assert end is not None
-            best, found = float(sums[first, last]), (begin[0], end[1])
+            if value > best:
+                best, found = value, (begin[0], end[1])
     return found
+
+
+def best_tokens(
+    starts: NDArray[np.floating], ends: NDArray[np.floating], longest: int = LONGEST
+) -> tuple[float, int, int]:
+    """(sum of the two logits, first, last) of the best span of at most `longest` tokens; of equal ones the first.
+
+    Args:
+        starts, ends: [tokens], at least one.
+    """
+    sums = np.asarray(starts, dtype=np.float64)[:, None] + np.asarray(ends, dtype=np.float64)[None, :]
+    length = np.arange(len(ends))[None, :] - np.arange(len(starts))[:, None]
+    sums[(length < 0) | (length >= longest)] = -np.inf
+    first, last = divmod(int(sums.argmax()), sums.shape[1])
+    return float(sums[first, last]), first, last

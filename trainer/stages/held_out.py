@@ -13,12 +13,14 @@ import numpy as np
 import torch.distributed as dist
 
 from trainer.config.objective import Kind
+from trainer.data.labelled import LabelledSamples
+from trainer.data.questions import QuestionSamples
 from trainer.data.samples import Samples
 from trainer.engine.zero import Engine
 from trainer.records import Evaluation, IntArray
 from trainer.scores.classes import THRESHOLD
 from trainer.stages.build import held_out_batches
-from trainer.stages.scoring import SCORED, Keeper, Predictions, gathered, held_out_ids
+from trainer.stages.scoring import SCORED, Keeper, Predictions, gathered, held_out_ids, of_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +56,7 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
         ranks=ranks.world_size,
         max_samples=setting.config.evaluation.max_samples,
     )
-    keeper = Keeper(objective, ids)
+    keeper = Keeper(objective, ids, samples.columns if isinstance(samples, QuestionSamples) else None)
     with keeper.watching(engine.module):
         found = engine.evaluate(keeper.seen(batches), lambda: setting.stop.requested)
     if found is None:
@@ -64,11 +66,13 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
     if predicted is not None:
         classes = setting.prepared.classes
         names = classes.names if classes is not None else ()
-        if predicted.finite:
+        if not predicted.finite:
+            say("warning", f"at step {step} the model predicts numbers that are not finite: there are no scores")
+        else:
+            assert isinstance(samples, LabelledSamples)
+            predicted = of_texts(predicted, samples)
             values = predicted.scores(names).values
             box = [{name: value for name, value in values.items() if not math.isnan(value)}]
-        else:
-            say("warning", f"at step {step} the model predicts numbers that are not finite: there are no scores")
         try:
             write_predictions(
                 setting.files.root / PREDICTIONS, predicted, names, documents(samples, predicted.ids), step
@@ -80,14 +84,11 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
 
 
 def documents(samples: Samples, ids: IntArray) -> list[str]:
-    """Name of the document of each sample."""
-    if any(size != len(source.offsets) - 1 for size, source in zip(samples.sizes, samples.sources, strict=True)):
-        return [samples.describe(sample)[0][1] for sample in ids.tolist()]
-    # a sample is a document: each file of names is read once
-    names: list[str] = []
-    for size, source in zip(samples.sizes, samples.sources, strict=True):
-        names += source.names.read_text(encoding="utf-8").split("\n")[:size]
-    return [names[sample] for sample in ids.tolist()]
+    """Name of the document of each sample of labelled texts."""
+    assert isinstance(samples, LabelledSamples)
+    # each file of names is read once
+    names = [source.names.read_text(encoding="utf-8").split("\n") for source in samples.sources]
+    return [names[place.source][place.document] for place in samples.places(ids)]
 
 
 def write_predictions(

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.objective import Kind, ObjectiveConfig
+from trainer.data.labelled import LabelledSamples
+from trainer.data.questions import QuestionSamples
 from trainer.objectives.tasks import Task, task_of
 from trainer.records import IntArray
-from trainer.scores.answers import Window, best_span
+from trainer.scores.answers import best_tokens
 from trainer.scores.classes import sigmoid, softmax
 from trainer.scores.score import score
 from trainer.scores.scores import Scores
@@ -35,6 +37,9 @@ EMPTY = -1
 """Id of a place of a micro-batch that holds no sample."""
 
 Arrays = Mapping[str, NDArray[Any]]
+Columns = Callable[[IntArray], IntArray]
+Span = tuple[float, float, int, int]
+"""Of a window: logits for no answer, logits of the best one, and its first and last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +86,14 @@ class Keeper:
     Args:
         objective: its kind says what a prediction is.
         ids: of the samples of each batch, in the order of the batches.
+        columns: of questions: (ids [n]) → where the text of each window stands, [n, 2].
     """
 
-    def __init__(self, objective: ObjectiveConfig, ids: Iterable[IntArray]):
+    def __init__(self, objective: ObjectiveConfig, ids: Iterable[IntArray], columns: Columns | None = None):
         self._kind = objective.kind
         self._task: Task = task_of(ObjectiveConfig(kind=objective.kind))
         self._ids = iter(ids)
+        self._columns = columns
         self._waiting: deque[Arrays] = deque()
         self._kept: list[Predictions] = []
 
@@ -116,13 +123,14 @@ class Keeper:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         found = self._task.predict(self._task.logits(outputs, tensors), tensors["labels"])
         numbers = {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
-        self._kept.append(_outcome(self._kind, next(self._ids), numbers))
+        self._kept.append(_outcome(self._kind, *_with_columns(next(self._ids), numbers, self._columns)))
 
 
 def predictions(
     model: torch.nn.Module,
     objective: ObjectiveConfig,
     batches: Iterable[tuple[IntArray, dict[str, NDArray[Any]]]],
+    columns: Columns | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """What a model predicts, of this process's batches.
@@ -130,6 +138,7 @@ def predictions(
     Args:
         model: on its device; put into evaluation mode.
         batches: (ids [n], arrays [n, …] as the objective's kind has them, `labels` among them).
+        columns: as of :class:`Keeper`.
         alive: called with every batch.
     """
     task = task_of(ObjectiveConfig(kind=objective.kind))
@@ -142,8 +151,16 @@ def predictions(
             tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
             outputs = model(**{name: tensor for name, tensor in tensors.items() if name != "labels"})
             found = task.predict(task.logits(outputs, tensors), tensors["labels"])
-            kept.append(_outcome(objective.kind, ids, {name: t.cpu().numpy() for name, t in found.items()}))
+            numbers = {name: tensor.cpu().numpy() for name, tensor in found.items()}
+            kept.append(_outcome(objective.kind, *_with_columns(ids, numbers, columns)))
     return joined(objective.kind, kept)
+
+
+def _with_columns(ids: IntArray, arrays: Arrays, columns: Columns | None) -> tuple[IntArray, Arrays, IntArray | None]:
+    if columns is None:
+        return ids, arrays, None
+    # an empty place has a window too, whatever it is
+    return ids, arrays, columns(np.maximum(ids, 0))
 
 
 def gathered(own: Predictions) -> Predictions | None:
@@ -184,8 +201,12 @@ def _chosen(whole: Predictions, rows: IntArray) -> Predictions:
     return Predictions(whole.kind, whole.ids[rows], of(whole.predictions), of(whole.truths))
 
 
-def _outcome(kind: Kind, ids: IntArray, arrays: Arrays) -> Predictions:
-    """What `Task.predict` gives for a batch, without empty places; each sample on its own."""
+def _outcome(kind: Kind, ids: IntArray, arrays: Arrays, columns: IntArray | None) -> Predictions:
+    """What `Task.predict` gives for a batch, without empty places; each sample on its own.
+
+    Args:
+        columns: of questions, where the text of each window stands, [n, 2].
+    """
     predicted: Any
     true: Any
     match kind:
@@ -200,20 +221,56 @@ def _outcome(kind: Kind, ids: IntArray, arrays: Arrays) -> Predictions:
             predicted = [row[labels >= 0].tolist() for row, labels in rows]
             true = [labels[labels >= 0].tolist() for _, labels in rows]
         case "question_answering":
-            both = zip(arrays["start_logits"], arrays["end_logits"], strict=True)
-            predicted = [_tokens(*_span(starts, ends)) for starts, ends in both]
-            true = [[_tokens(first, last + 1)] for first, last in arrays["labels"].tolist()]
+            assert columns is not None
+            windows = zip(arrays["start_logits"], arrays["end_logits"], columns.tolist(), strict=True)
+            predicted = [_span(starts, ends, begin, end) for starts, ends, (begin, end) in windows]
+            true = arrays["labels"].tolist()
         case _:
             predicted, true = arrays["loss"].astype(np.float64), arrays["num_targets"]
     return _chosen(Predictions(kind, ids, predicted, true), np.flatnonzero(ids != EMPTY))
 
 
-def _span(starts: NDArray[np.floating], ends: NDArray[np.floating]) -> tuple[int, int]:
-    """Tokens [first, behind the last) of a window's answer; the first token alone: there is none in it."""
-    places = [(place, place + 1) for place in range(len(starts))]
-    return best_span([Window(starts, ends, places)])
+def _span(starts: NDArray[np.floating], ends: NDArray[np.floating], begin: int, end: int) -> Span:
+    """The best answer of a window whose text stands in the columns [begin, end)."""
+    nothing = float(starts[0]) + float(ends[0])
+    if end <= begin:
+        return nothing, -np.inf, 0, 0
+    value, first, last = best_tokens(starts[begin:end], ends[begin:end])
+    return nothing, value, begin + first, begin + last
 
 
-def _tokens(first: int, end: int) -> str:
-    """An answer in numbers of tokens, so that windows are scored as texts are; empty: none."""
-    return "" if end <= 1 else " ".join(map(str, range(first, end)))
+def of_texts(found: Predictions, samples: LabelledSamples) -> Predictions:
+    """One prediction a text, from those of its windows: probabilities and numbers are their mean, the words of all are
+    put together, and an answer is the best of all (none, where some question has none and every window prefers that).
+
+    Args:
+        found: in the order of their ids.
+    """
+    document = samples.document_of(found.ids)
+    groups = np.split(np.arange(len(document)), np.flatnonzero(np.diff(document)) + 1)
+    first = np.array([group[0] for group in groups], dtype=np.int64)
+    if isinstance(samples, QuestionSamples):
+        truths = [list(samples.answers_of(sample)) for sample in found.ids[first].tolist()]
+        may_be_none = not all(truths)
+        return Predictions(
+            found.kind, found.ids[first], [_answer(found, group, samples, may_be_none) for group in groups], truths
+        )
+    whole = _chosen(found, first)
+    if len(groups) == len(document):
+        return whole
+    if isinstance(found.predictions, np.ndarray):
+        together: Any = np.stack([found.predictions[group].mean(axis=0) for group in groups])
+        return Predictions(found.kind, whole.ids, together, whole.truths)
+    words, true = (
+        [[word for row in group.tolist() for word in each[row]] for group in groups]
+        for each in (found.predictions, found.truths)
+    )
+    return Predictions(found.kind, whole.ids, words, true)
+
+
+def _answer(found: Predictions, group: IntArray, samples: QuestionSamples, may_be_none: bool) -> str:
+    spans: list[tuple[int, Span]] = [(int(found.ids[row]), found.predictions[row]) for row in group.tolist()]
+    sample, (_, value, first, last) = max(spans, key=lambda one: one[1][1])
+    if may_be_none and min(span[0] for _, span in spans) > value:
+        return ""
+    return samples.passage(sample, first, last)

@@ -14,8 +14,8 @@ from launcher.run_directory import locked
 from trainer.config.load import dump_config, load_config
 
 VERBS = (
-    *("run", "plan", "prepare", "teach", "status", "watch", "verify", "export", "drill", "quarantine", "judge"),
-    *("doctor", "submit", "cancel", "logs", "results", "nodes"),
+    *("run", "plan", "prepare", "teach", "status", "watch", "verify", "export", "evaluate", "drill", "quarantine"),
+    *("judge", "doctor", "submit", "cancel", "logs", "results", "nodes"),
 )
 
 
