@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +49,13 @@ class Labels:
         return np.zeros(documents, np.int64) if self.second_offsets is None else np.diff(self.second_offsets)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where the tokens of a sample come from."""
 
     source: int
     document: int
+    start: int
+    """Where the document begins in the tokens of its source."""
     begin: int
     """First token of the document that the sample holds."""
     end: int
@@ -238,11 +239,11 @@ class LabelledSamples(Samples):
         result: list[Any] = [None] * len(ids)
         for index, rows, documents, windows in self._documents_of(ids):
             source, own = self.sources[index], self._of[index]
-            triples = zip(rows.tolist(), documents.tolist(), windows.tolist(), strict=True)
-            for row, document, window in triples:
-                length = int(source.offsets[document + 1] - source.offsets[document])
+            starts = source.offsets[documents]
+            columns = (rows, documents, windows, starts, source.offsets[documents + 1] - starts)
+            for row, document, window, start, length in zip(*(each.tolist() for each in columns), strict=True):
                 second = len(own.second_of(document)) if self._is_pair else 0
-                result[row] = Place(index, document, *self._cut(length, second, window))
+                result[row] = Place(index, document, start, *self._cut(length, second, window))
         return result
 
     def _cut(self, length: int, second: int, window: int) -> tuple[int, int, int]:
@@ -254,31 +255,31 @@ class LabelledSamples(Samples):
 
     def text_tokens(self, place: Place) -> NDArray[Any]:
         """The tokens of the text that a sample holds."""
-        source = self.sources[place.source]
-        first = int(source.offsets[place.document])
-        return source.tokens[first + place.begin : first + place.end]
+        return self.sources[place.source].tokens[place.start + place.begin : place.start + place.end]
 
     def _fill(self, places: Sequence[Place]) -> tuple[dict[str, IntArray], IntArray]:
         """`input_ids`, `attention_mask`, `token_type_ids` [n, L], and the column where each text begins, [n]."""
         shape = (len(places), self.sequence_length)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        types = np.zeros(shape, dtype=np.int64)
-        lengths, begins = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+        types = np.zeros(shape if self._types is not None else 0, dtype=np.int64)
+        lengths = np.empty(len(places), dtype=np.int64)
+        begins = np.full(len(places), len(self._prefix), dtype=np.int64)
         for row, place in enumerate(places):
             text = self.text_tokens(place)
-            pieces = [self._prefix, text, self._suffix]
-            begins[row] = len(self._prefix)
             if self._is_pair:
                 second = self._of[place.source].second_of(place.document)[: place.second_end]
                 one, other = (second, text) if self.second_first else (text, second)
                 pieces = [self._prefix, one, self._middle, other, self._suffix]
                 if self.second_first:
                     begins[row] += len(one) + len(self._middle)
+                if self._types is not None:
+                    of = np.repeat(self._types, [len(piece) for piece in pieces])
+                    types[row, : len(of)] = of
+            else:
+                pieces = [self._prefix, text, self._suffix]
             sample = np.concatenate(pieces)
             tokens[row, : len(sample)] = sample
             lengths[row] = len(sample)
-            if self._types is not None:
-                types[row, : len(sample)] = np.repeat(self._types, [len(piece) for piece in pieces])
         # a model cannot look at nothing: a text without any token is one of padding
         mask = np.arange(self.sequence_length) < np.maximum(lengths, 1)[:, None]
         arrays = {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
@@ -293,8 +294,8 @@ class LabelledSamples(Samples):
 
     def _labels(self, places: Sequence[Place]) -> NDArray[Any]:
         rows = [self._label_of(place) for place in places]
-        kind = np.int64 if self.kind == "classification" else np.float32
-        return np.array(rows, dtype=kind).reshape(len(rows), -1) if self.kind == "multi_label" else np.array(rows, kind)
+        table = np.array(rows, dtype=np.int64 if self.kind == "classification" else np.float32)
+        return table.reshape(len(rows), len(self.classes)) if self.kind == "multi_label" else table
 
     def _label_of(self, place: Place) -> Any:
         labels = self._of[place.source].labels

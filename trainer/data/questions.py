@@ -92,8 +92,9 @@ class QuestionSamples(LabelledSamples):
 
     def columns(self, ids: IntArray) -> IntArray:
         """Where an answer may be, [n, 2]: the column of the first token that is text, and the one after the last."""
+        first = len(self._prefix) + len(self._middle)
         places = self.places(ids)
-        _, begins = self._fill(places)
+        begins = np.array([first + place.second_end for place in places], dtype=np.int64)
         return np.stack([begins, begins + [place.end - place.begin for place in places]], axis=1)
 
     def passage(self, sample: int, first: int, last: int) -> str:
@@ -106,7 +107,7 @@ class QuestionSamples(LabelledSamples):
             return ""
         own = self._of[place.source]
         assert own.places is not None
-        at = int(self.sources[place.source].offsets[place.document]) + place.begin - begin
+        at = place.start + place.begin - begin
         text = self._written[place.source].text(place.document)
         return text[int(own.places[at + first, 0]) : int(own.places[at + last, 1])]
 

@@ -16,11 +16,22 @@ class TaggedSamples(LabelledSamples):
     """The tagged documents of one split."""
 
     def _marks(self, place: Place) -> NDArray[Any]:
-        """Class of a word at its first token, −100 elsewhere, [tokens of the sample that are text]."""
-        marks = self._of[place.source].marks
-        assert marks is not None
-        first = int(self.sources[place.source].offsets[place.document])
-        return marks[first + place.begin : first + place.end]
+        """Class of a word at its first token, −100 elsewhere, [tokens of the sample that are text].
+
+        Of the tokens that two windows share each has the labels of the half that lies nearer to its middle: every word
+        is predicted once.
+        """
+        own, source = self._of[place.source], self.sources[place.source]
+        assert own.marks is not None
+        marks = own.marks[place.start + place.begin : place.start + place.end]
+        before = self.reading.stride // 2 if place.begin else 0
+        is_last = place.start + place.end == source.offsets[place.document + 1] or self.reading.too_long != "window"
+        behind = 0 if is_last else self.reading.stride - self.reading.stride // 2
+        if not before and not behind:
+            return marks
+        marks = marks.copy()
+        marks[:before] = marks[len(marks) - behind :] = IGNORED
+        return marks
 
     def fetch(self, ids: IntArray) -> dict[str, NDArray[Any]]:
         """`input_ids`, `attention_mask` and `labels`, each [n, L] int64."""
