@@ -116,10 +116,13 @@ def rank_memory(
         bucket = min(parameters, DENSE_BUCKET_ELEMENTS)
 
     # Stage 3 keeps the layers that it needs again before `max_reuse_distance` elements have gone by, there and back.
-    kept = element * (partition if stage == 3 else parameters)
-    gathered = min(parameters, MAX_REUSE_DISTANCE // 2 + bucket + largest) if stage == 3 else 0
+    weights = parameters + facts.frozen_parameters
+    kept = element * (math.ceil(weights / ranks) if stage == 3 else weights)
+    gathered = min(weights, MAX_REUSE_DISTANCE // 2 + bucket + largest) if stage == 3 else 0
     master = 0 if stage == 0 and precision == "fp32" else 4
-    optimizer = (master + 8) * partition
+    # the moving average and the weights that the run began with are as large as master weights
+    copies_of_weights = (config.optim.ema is not None) + (config.objective.l2_start > 0)
+    optimizer = (master + 8 + 4 * copies_of_weights) * partition
 
     # Gradients when all are reduced, and those carried from one micro-batch into the forward pass of the next; buckets
     # and what goes with them: a flat copy is sent, a second bucket is filled meanwhile.

@@ -10,6 +10,8 @@ from trainer.config.schema import RunConfig
 
 SNAPSHOT_BYTES_PER_PARAMETER = 12
 """fp32 weights and Adam's two moments."""
+AVERAGE_BYTES_PER_PARAMETER = 4
+"""The moving average of the weights, where one is kept."""
 RESERVE = 0.1
 """Fraction of what is free that stays free: for data, for files that are being written, for the system."""
 
@@ -28,13 +30,14 @@ def copies(config: RunConfig) -> tuple[int, int]:
 def snapshot_bytes(config: RunConfig, num_elements: int, buffer_bytes: int = 0) -> int:
     """Host memory of one rank's copies of its training state once all are taken; 0 where none are.
 
-    (`snapshots.keep` + those that are being saved) × (12 bytes × elements + buffers).
+    (`snapshots.keep` + those that are being saved) × (12 bytes × elements + buffers); 16 bytes with `optim.ema`.
 
     Args:
         num_elements: parameters whose master weights this rank holds: its partition, under ZeRO 0 all.
         buffer_bytes: of the model's persistent buffers.
     """
-    return sum(copies(config)) * (SNAPSHOT_BYTES_PER_PARAMETER * num_elements + buffer_bytes)
+    size = SNAPSHOT_BYTES_PER_PARAMETER + (AVERAGE_BYTES_PER_PARAMETER if config.optim.ema is not None else 0)
+    return sum(copies(config)) * (size * num_elements + buffer_bytes)
 
 
 def host_memory_total(cgroup: Path = _CGROUP) -> int:
