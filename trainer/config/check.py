@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from trainer.config import check_distill, check_sources
+from trainer.config import check_distill, check_finetune, check_sources
 from trainer.config.layers import parse_layers
 from trainer.config.objective import EACH_ALONE, TEXTS
 from trainer.config.resolve import Device, Precision, arithmetic, tokenizer_reference
@@ -33,6 +33,7 @@ def check_config(config: RunConfig, source: str = "the config") -> list[str]:
         *_model(config),
         *_run(config),
         *check_distill.problems(config),
+        *check_finetune.problems(config),
         *_support(config),
     ]
     try:
@@ -219,6 +220,7 @@ def _without_effect(config: RunConfig) -> Iterator[Problem]:
         ("optim.decay_embeddings", config.optim.weight_decay == 0, "optim.weight_decay is 0"),
         *_stability_without_effect(config),
         *check_distill.without_effect(config),
+        *check_finetune.without_effect(config),
     ]
     for path, idle, reason in rules:
         if idle and is_set(config, path):
