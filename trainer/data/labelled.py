@@ -240,18 +240,22 @@ class LabelledSamples(Samples):
         for index, rows, documents, windows in self._documents_of(ids):
             source, own = self.sources[index], self._of[index]
             starts = source.offsets[documents]
-            columns = (rows, documents, windows, starts, source.offsets[documents + 1] - starts)
-            for row, document, window, start, length in zip(*(each.tolist() for each in columns), strict=True):
-                second = len(own.second_of(document)) if self._is_pair else 0
+            lengths = source.offsets[documents + 1] - starts
+            if not self._is_pair:
+                begins = windows * (self._room - self.reading.stride)
+                columns = (rows, documents, starts, begins, np.minimum(lengths, begins + self._room))
+                for row, *where in zip(*(each.tolist() for each in columns), strict=True):
+                    result[row] = Place(index, *where)
+                continue
+            columns = (rows, documents, starts, lengths, windows)
+            for row, document, start, length, window in zip(*(each.tolist() for each in columns), strict=True):
+                second = len(own.second_of(document))
                 result[row] = Place(index, document, start, *self._cut(length, second, window))
         return result
 
-    def _cut(self, length: int, second: int, window: int) -> tuple[int, int, int]:
-        """First token of a text, the one after its last, and the number of tokens of the second one."""
-        if self._is_pair:
-            first, second = cut_pair(length, second, self._room)
-            return 0, first, second
-        return *self.reading.place(length, self._room, window), 0
+    def _cut(self, length: int, second: int, _window: int) -> tuple[int, int, int]:
+        """Of two texts: first token of the text, the one after its last, and the number of tokens of the second one."""
+        return 0, *cut_pair(length, second, self._room)
 
     def text_tokens(self, place: Place) -> NDArray[Any]:
         """The tokens of the text that a sample holds."""
@@ -293,14 +297,15 @@ class LabelledSamples(Samples):
         return {**arrays, "labels": self._labels(places)}
 
     def _labels(self, places: Sequence[Place]) -> NDArray[Any]:
-        rows = [self._label_of(place) for place in places]
-        table = np.array(rows, dtype=np.int64 if self.kind == "classification" else np.float32)
-        return table.reshape(len(rows), len(self.classes)) if self.kind == "multi_label" else table
-
-    def _label_of(self, place: Place) -> Any:
-        labels = self._of[place.source].labels
-        assert labels is not None
-        return labels[place.document]
+        shape = (len(places), len(self.classes)) if self.kind == "multi_label" else (len(places),)
+        result = np.empty(shape, dtype=np.int64 if self.kind == "classification" else np.float32)
+        of = np.array([place.source for place in places])
+        documents = np.array([place.document for place in places])
+        for source in np.unique(of):
+            labels = self._of[source].labels
+            assert labels is not None
+            result[of == source] = labels[documents[of == source]]
+        return result
 
     def num_targets(self, ids: IntArray) -> int:
         """One a sample."""
@@ -334,7 +339,7 @@ class LabelledSamples(Samples):
 
     def _shown(self, place: Place) -> str:
         """What is to be predicted of a sample, for people."""
-        label = self._label_of(place)
+        label = self._labels([place])[0]
         if self.kind == "classification":
             return f"class {self.classes[label]}"
         if self.kind == "regression":
