@@ -39,7 +39,9 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="So many texts, taken evenly. Default: all.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Texts at a time. Default: 16.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Texts at a time. Default: the run's batch.micro, else 16.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=8, metavar="N", help="Tokens of a text. Default: what the model takes.")
     ] = None,

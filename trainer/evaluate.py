@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trainer.stages.evaluating import Material, Options
 
 NOISES = ("typos", "delete", "swap")
+_MICRO = 16
 _YAML = {".yaml", ".yml"}
 
 
@@ -54,10 +55,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         rank, ranks, device = _join(options.device, stack)
         from trainer.stages.evaluating import Options
 
-        how = Options(
-            options.seed, options.resamples, options.batch, options.samples, noise, options.tokens, rank, ranks
-        )
         models = [_Model(path, options, temporary / str(number)) for number, path in enumerate(options.models)]
+        # with the run's own micro-batches: the digits of its evaluations
+        run = models[0].run
+        micro = options.batch or (_MICRO if run is None else run.batch.micro)
+        how = Options(options.seed, options.resamples, micro, options.samples, noise, options.tokens, rank, ranks)
         first = models[0].load(device)
         material = _material(options, models[0], first, temporary)
         return _report(options, models, first, material, how, device)
@@ -270,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resamples", type=_positive, default=1000)
     parser.add_argument("--noise")
-    parser.add_argument("--batch", type=_positive, default=16)
+    parser.add_argument("--batch", type=_positive)
     parser.add_argument("--length", type=_positive)
     parser.add_argument("--samples", type=_positive)
     parser.add_argument("--tokens", type=_positive, default=64)
