@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from trainer.best import Best
-from trainer.errors import ConfigError
 
 
-def compare(best: Best, step: int, scores: Mapping[str, float]) -> bool:
+def compare(best: Best, step: int, scores: Mapping[str, float], say: Callable[[Literal["warning"], str], None]) -> bool:
     """Take in the evaluation at `step`; whether it is better than all before. A collective.
 
     Args:
-        scores: by name, `loss` among them.
-
-    Raises:
-        ConfigError: the score to compare by is not among them.
+        scores: by name, `loss` among them. One that is not defined on these samples may be missing.
+        say: told where the score to compare by is.
     """
     if best.score is None:
         return False
-    if best.score not in scores:
-        problem = f"is {best.score!r}, and the evaluation gave {', '.join(scores)}: choose one of these"
-        raise ConfigError([("evaluation.best", problem)])
-    box = [scores[best.score]]
+    box = [scores.get(best.score, math.nan)]
     dist.broadcast_object_list(box, src=0)
+    if math.isnan(box[0]):
+        say(
+            "warning",
+            f"evaluation.best: {best.score} is not defined at step {step}: the evaluation counts as not better",
+        )
     return best.take(step, box[0])
 
 
