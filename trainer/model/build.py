@@ -155,10 +155,15 @@ def _from_scratch(
     model = _without_values(config, model_config, zero3, dtype)
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
-        # Samples are packed without padding: the token that the architecture calls padding is one like any other.
+        # The token that the architecture calls padding is one like any other where samples are packed, and what texts
+        # are written from in T5.
         embedding.padding_idx = None
     initialise(model, config.seed, scale_residual=config.model.initialisation == "residual-scaled")
     model.tie_weights()
+    for module in model.modules():
+        # an encoder and a decoder look up the same weights, each in a module of its own
+        if isinstance(module, nn.Embedding) and module.weight is embedding.weight:
+            module.padding_idx = None
     return model
 
 

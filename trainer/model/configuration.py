@@ -67,6 +67,20 @@ def model_configuration(
     return result
 
 
+def decoder_start(config: RunConfig) -> int | None:
+    """The token that the decoder of an encoder–decoder model begins each text with; None: padding, as in T5.
+
+    Raises:
+        ConfigError: `model.pretrained` cannot be read.
+    """
+    if config.objective.kind != "seq2seq":
+        return None
+    if config.model.pretrained is None:
+        given: int | None = (config.model.config or {}).get("decoder_start_token_id")
+        return given
+    return getattr(pretrained_configuration(config.model), "decoder_start_token_id", None)
+
+
 def max_positions(model: PreTrainedConfig) -> int | None:
     """The longest sequence that the positions allow; None where nothing limits it."""
     text_config = model.get_text_config()

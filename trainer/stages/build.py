@@ -21,11 +21,12 @@ from trainer.engine.ranks import Ranks
 from trainer.engine.zero import Engine
 from trainer.heartbeat import Heartbeat, NoHeartbeat
 from trainer.model.build import build_model
+from trainer.model.configuration import decoder_start
 from trainer.model.groups import parameter_groups
 from trainer.objectives.objective import make_objective
 from trainer.objectives.penalty import penalty_gradient, penalty_value
 from trainer.optim.build import build_optimizer
-from trainer.records import IntArray, ModelFacts
+from trainer.records import Classes, IntArray, ModelFacts
 from trainer.stability.guard import Guard
 from trainer.starts import Fence, NoFence
 from trainer.stop import StopRequest
@@ -79,7 +80,7 @@ def build_engine(
         vocabulary=prepared.vocabulary,
         zero3=zero3,
         dtype=dtype,
-        classes=prepared.classes,
+        classes=classes_and_padding(prepared),
         kept=prepared.kept,
     )
     penalty = _make_penalty(config)
@@ -97,6 +98,13 @@ def build_engine(
         penalties=() if penalty is None else ("penalty",),
         injector=injector,
     )
+
+
+def classes_and_padding(prepared: Prepared) -> Classes | None:
+    """What the model is to know of the data; None: of packed samples nothing."""
+    if prepared.classes is not None or prepared.pad_id is None:
+        return prepared.classes
+    return Classes((), prepared.pad_id)
 
 
 def class_counts(prepared: Prepared) -> Tensor | None:
@@ -125,7 +133,9 @@ def held_out_batches(setting: Setting, micro: int) -> Iterator[dict[str, IntArra
     config, ranks = setting.config, setting.ranks
     data = config.data
     return evaluation_batches(
-        setting.prepared.samples("held_out", data.sequence_length, data.boundaries),
+        setting.prepared.samples(
+            "held_out", data.sequence_length, data.boundaries, decoder_start=decoder_start(config)
+        ),
         micro=micro,
         rank=ranks.rank,
         ranks=ranks.world_size,

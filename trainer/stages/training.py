@@ -32,6 +32,7 @@ from trainer.faults.inject import FaultInjector
 from trainer.heartbeat import RELAUNCHED_VARIABLE
 from trainer.knowledge import Teacher
 from trainer.loop import NO_TEACHER, Ending, Parts, Progress, TeacherWatch, train
+from trainer.model.configuration import decoder_start
 from trainer.optim.schedule import learning_rate
 from trainer.records import Outcome, Position, StepStats
 from trainer.recovery import NoReports, Recovery, Stream
@@ -321,8 +322,8 @@ class Training:
         return None if options is None else OnPolicy(samples, options.fraction, options.tokens, config.seed)
 
     def _samples(self, split: Literal["train", "held_out"]) -> Samples:
-        data = self.setting.config.data
-        return self.setting.prepared.samples(split, data.sequence_length, data.boundaries)
+        data, start = self.setting.config.data, decoder_start(self.setting.config)
+        return self.setting.prepared.samples(split, data.sequence_length, data.boundaries, decoder_start=start)
 
     def _open_stream(self) -> DataStream:
         setting, config = self.setting, self.setting.config
@@ -366,7 +367,7 @@ class Training:
             return None
         seconds = time.perf_counter() - began
         scores = found.scores
-        better = compare(self._best, step, {"loss": found.loss, **scores})
+        better = compare(self._best, step, {"loss": found.loss, **scores}, self._say)
         best = told(self._best)
         self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, scores, best)
         if better:

@@ -24,7 +24,7 @@ from trainer.config.objective import ObjectiveConfig
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.model.build import build_model, meta_model
-from trainer.model.configuration import model_configuration
+from trainer.model.configuration import decoder_start, model_configuration
 from trainer.model.describe import describe
 from trainer.model.save import save_model
 from trainer.objectives import make_objective
@@ -207,6 +207,8 @@ def test_the_export_writes_as_the_model_does(name: str, tmp_path: Path, tokenize
         PAD,
         END,
     )
+    if name == "bart":
+        assert loaded.config.forced_eos_token_id == END
     generation = json.loads((tmp_path / "export/generation_config.json").read_text())
     assert generation["decoder_start_token_id"] == PAD
     tensors = {key: value for key, value in arrays("seq2seq").items() if key != "labels"}
@@ -277,6 +279,22 @@ def test_the_start_of_a_text_is_the_model_s_own(tmp_path: Path) -> None:
     again = run_config(pretrained=str(tmp_path / "bart"), kind="seq2seq")
     assert build(again).config.decoder_start_token_id == END
     assert meta_model(again, VOCABULARY).config.decoder_start_token_id == END
+    assert decoder_start(config) == decoder_start(again) == END
+    # BART begins with a token that counts in its own vocabulary only
+    assert build(config_of("bart", "seq2seq"), Classes((), 3)).config.decoder_start_token_id == 3
+    assert decoder_start(config_of("bart", "seq2seq")) is None
+    assert decoder_start(run_config("bert")) is None
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_every_token_is_learned_from_scratch(name: str) -> None:
+    """The first token of each text is padding, and the architecture's own padding may be a word here."""
+    model = build(config_of(name, "seq2seq"), Classes((), 3))
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids).logits[
+        ..., 20:
+    ].square().sum().backward()
+    assert (model.get_input_embeddings().weight.grad[:8].abs().sum(-1) > 0).all()
 
 
 @pytest.mark.parametrize(
