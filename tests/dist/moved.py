@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from workload import make_config, weights
+from workload import DTYPES, make_config, weights
 
 from trainer.config.schema import RunConfig
 from trainer.engine.zero import Engine
@@ -22,9 +23,16 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 def config_of(
-    stage: int, *, micro: int = 2, dropout: float = 0.0, recompute: bool = False, **options: Any
+    stage: int,
+    *,
+    micro: int = 2,
+    dropout: float = 0.0,
+    recompute: bool = False,
+    precision: str = "fp32",
+    **options: Any,
 ) -> RunConfig:
     base = make_config(
+        precision=precision,
         zero={"stage": stage},
         objective={"kind": "classification", **options},
         batch={"samples": SAMPLES, "micro": micro},
@@ -84,20 +92,29 @@ def make(rank: int, world_size: int, config: RunConfig) -> Engine:
     from trainer.objectives import adversarial, make_objective, mixup
     from trainer.optim.build import build_optimizer
 
-    zero3 = deepspeed_config(config, world_size, "cpu", "fp32") if config.zero.stage == 3 else None
-    model = build_model(config, vocabulary=VOCABULARY, zero3=zero3, dtype=torch.float32, classes=CLASSES)
+    precision: Any = config.precision
+    zero3 = deepspeed_config(config, world_size, "cpu", precision) if config.zero.stage == 3 else None
+    model = build_model(config, vocabulary=VOCABULARY, zero3=zero3, dtype=DTYPES[precision], classes=CLASSES)
     objective: Any = adversarial.wrap(mixup.wrap(make_objective(config.objective), config.objective), config.objective)
-    engine = Engine(
-        model,
-        build_optimizer(parameter_groups(model, config), config, "cpu"),
-        objective,
-        config=config,
-        numbers=arithmetic(config, world_size),
-        parameters=parameter_facts(model),
-        ranks=Ranks(rank, world_size, rank),
-        device="cpu",
-        precision="fp32",
-    )
+
+    def all_sharded(*arguments: Any) -> dict[str, Any]:
+        """Parameters as small as these would stay whole on every rank."""
+        options = deepspeed_config(*arguments)
+        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return options
+
+    with patch("trainer.engine.zero.deepspeed_config", all_sharded):
+        engine = Engine(
+            model,
+            build_optimizer(parameter_groups(model, config), config, "cpu"),
+            objective,
+            config=config,
+            numbers=arithmetic(config, world_size),
+            parameters=parameter_facts(model),
+            ranks=Ranks(rank, world_size, rank),
+            device="cpu",
+            precision=precision,
+        )
     embeddings = find_embeddings(engine.module)
     if isinstance(objective, adversarial.Adversarial):
         objective.attach(engine.module, embeddings)
@@ -117,8 +134,17 @@ def gradient(rank: int, world_size: int, config: RunConfig, batches: int = 1) ->
             for fragment, part in zip(engine.shards.fragments, engine.shards.gradients(), strict=True)
         ]
         local = [0 if p.grad is None else 1 for p in engine.module.parameters()] if engine.stage else []
+        gathered = [p.numel() for p in engine.module.parameters()] if engine.stage == 3 else []
         engine.apply(1.0, 1e-2)
-    return {"gradient": found, "weights": before, "loss": stats.loss, "parts": stats.parts, "kept": sum(local)}
+    return {
+        "gradient": found,
+        "weights": before,
+        "loss": stats.loss,
+        "parts": stats.parts,
+        "kept": sum(local),
+        "gathered": sum(gathered),
+        "scale": stats.loss_scale,
+    }
 
 
 def whole(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from moved import SAMPLES, adversarial_loss, alone, batch_of, config_of, gradient, make, whole
 from pool import RankPool
+from workload import FP16
 
 from trainer.config.schema import RunConfig
 
@@ -50,6 +51,7 @@ def check(results: list[dict[str, Any]], config: RunConfig, batch_index: int) ->
         np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-6 * largest, err_msg=name)
     for result in results:
         assert result["kept"] == 0
+        assert result["gathered"] == 0
         assert result["loss"] == pytest.approx(clean.item(), rel=1e-5)
         assert result["parts"].get("adversarial", 0.0) == pytest.approx(part.item(), rel=1e-5)
 
@@ -71,10 +73,23 @@ def test_other_layouts_equal_it_too(one_rank: RankPool, two_ranks: RankPool, sta
     check(two_ranks(gradient, config=unaccumulated), unaccumulated, 0)
 
 
-@pytest.mark.parametrize(("stage", "method"), [(2, "freelb"), (3, "pgd")])
-def test_recomputed_activations_change_nothing(two_ranks: RankPool, stage: int, method: str) -> None:
-    config = config_of(stage, recompute=True, **METHODS[method])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputed_activations_change_nothing(two_ranks: RankPool, stage: int) -> None:
+    config = config_of(stage, recompute=True, **METHODS["freelb" if stage == 2 else "pgd"])
     check(two_ranks(gradient, config=config, batches=2), config, 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "method"),
+    [("bf16", 3, "freelb"), pytest.param("fp16", 2, "pgd", marks=FP16)],
+)
+def test_half_precision_moves_to_the_same_places(two_ranks: RankPool, precision: str, stage: int, method: str) -> None:
+    config = config_of(stage, precision=precision, **METHODS[method])
+    results = two_ranks(gradient, config=config)
+    _, loss = alone(results[0]["weights"], config, 0)
+    part = sum(adversarial_loss(loss, config, 0, place)[1].item() for place in range(SAMPLES)) / SAMPLES
+    assert results[0]["parts"]["adversarial"] == pytest.approx(part, rel=0.01)
+    assert results[0]["scale"] == (1.0 if precision == "bf16" else 65536.0)
 
 
 def replayed(rank: int, world_size: int, config: RunConfig) -> list[list[bytes]]:
@@ -99,7 +114,7 @@ def replayed(rank: int, world_size: int, config: RunConfig) -> list[list[bytes]]
     return results
 
 
-@pytest.mark.parametrize(("stage", "method"), [(2, "freelb"), (3, "freelb"), (3, "mixup and pgd")])
+@pytest.mark.parametrize(("stage", "method"), [(2, "mixup and pgd"), (3, "freelb")])
 def test_a_replay_has_the_same_bits_dropout_included(two_ranks: RankPool, method: str, stage: int) -> None:
     config = config_of(stage, dropout=0.3, **METHODS[method])
     for first, again, other in two_ranks(replayed, config=config):

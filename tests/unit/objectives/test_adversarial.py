@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +203,44 @@ def test_a_sample_is_moved_as_if_it_were_alone(method: str) -> None:
         alone = {k: v[row : row + 1, :length] if v.dim() == 2 else v[row : row + 1] for k, v in tensors.items()}
         each.append(run(objective, model, alone).sums["adversarial"].item())
     assert together.item() == pytest.approx(sum(each), rel=1e-6)
+
+
+class Everywhere(nn.Module):
+    """Reads its padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 3)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.table(input_ids).tanh().mean(1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_is_never_moved(method: str) -> None:
+    model, tensors = Everywhere(), tensors_of("classification")
+    found: list[Tensor] = []
+    looked_up = model.table(tensors["input_ids"])
+    objective = attached(model, "classification", METHODS[method])
+    moved = objective._embeddings.moved
+
+    @contextmanager
+    def watched(delta: Tensor | None) -> Iterator[list[Tensor]]:
+        with moved(delta) as seen:
+            yield seen
+        found.extend(seen)
+
+    objective._embeddings.moved = watched
+    run(objective, model, tensors)
+    there = tensors["attention_mask"] != 0
+    for embedded in found:
+        assert torch.equal(embedded[~there], looked_up[~there])
+    assert (found[-1][there] != looked_up[there]).any()
+    distances = (found[-1] - looked_up).flatten(1).norm(dim=1)
+    assert (distances <= objective._config.epsilon * 1.0001).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
