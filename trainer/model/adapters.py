@@ -39,11 +39,13 @@ def attach_adapters(
         zero3: the DeepSpeed configuration when parameters are sharded: a collective then.
 
     Raises:
-        ConfigError: a name of `model.lora` matches no module.
+        ConfigError: there is no pretrained model, or a name of `model.lora` matches no module.
     """
     from peft import inject_adapter_in_model
 
     assert config.model.lora is not None
+    if config.model.pretrained is None:
+        raise ConfigError([("model.lora", "needs model.pretrained: weights from scratch would never be trained")])
     trained = trained_modules(model, config)
     targets = target_names(model, config.model.lora.targets, trained)
     is_meta = any(parameter.is_meta for parameter in model.parameters())

@@ -79,8 +79,9 @@ def describe_teacher(config: RunConfig) -> ModelFacts:
     )
     # whatever tokenizer the run has: both may pad their vocabularies, and a teacher may have another altogether
     data = config.data.model_copy(update={"tokenizer": TokenizerConfig()})
+    optim = config.optim.model_copy(update={"freeze": ()})
     try:
-        return describe(config.model_copy(update={"model": model, "data": data, "distill": None}))
+        return describe(config.model_copy(update={"model": model, "data": data, "distill": None, "optim": optim}))
     except ConfigError as error:
         problems = [
             (f"distill.teacher{path.removeprefix('model')}" if path.split(".")[0] == "model" else path, text)

@@ -146,6 +146,13 @@ def test_names_of_nothing_are_refused(published, options, path, said):
     assert said in caught.value.problems[0][1]
 
 
+def test_weights_from_scratch_are_refused(published):
+    config = lora_run(published, "llama")
+    scratch = run_config("llama").model.model_copy(update={"lora": config.model.lora})
+    with pytest.raises(ConfigError, match=r"needs model\.pretrained"):
+        meta_model(config.model_copy(update={"model": scratch}), VOCABULARY)
+
+
 def test_a_head_that_is_tied_is_refused(published):
     with pytest.raises(ConfigError, match="shares its weight with the embeddings"):
         build(lora_run(published, "gpt2", targets=("lm_head",)))
