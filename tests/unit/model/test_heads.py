@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from trainer.errors import ConfigError
 from trainer.model.build import build_model, meta_model
 from trainer.model.configuration import decoder_start, model_configuration
 from trainer.model.describe import describe
+from trainer.model.heads import check_objective
 from trainer.model.save import save_model
 from trainer.objectives import make_objective
 from trainer.records import Classes
@@ -312,6 +314,13 @@ def test_every_token_is_learned_from_scratch(name: str) -> None:
 def test_what_does_not_fit_is_refused_in_a_sentence(config: RunConfig, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         meta_model(config, VOCABULARY)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_audio", "encoder-decoder"])
+def test_models_that_listen_or_are_two_are_no_encoder_decoders_of_text(model_type: str) -> None:
+    model = SimpleNamespace(model_type=model_type, is_encoder_decoder="-" in model_type)
+    with pytest.raises(ConfigError, match=f"has no encoder–decoder language model of type {model_type}"):
+        check_objective(config_of("t5", "seq2seq"), model)  # type: ignore[arg-type]
 
 
 def test_a_stack_of_layers_cannot_be_chosen_from_two(tmp_path: Path) -> None:
