@@ -324,6 +324,27 @@ def test_samples_that_go_through_twice_are_moved_alike() -> None:
     assert twice.total.item() == pytest.approx(once.total.item(), rel=1e-6)
 
 
+class Halves(Everywhere):
+    """Reads one half of what is looked up in the first half of the samples, the other in the second."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        looked_up = self.table(input_ids)
+        first = torch.arange(WIDTH) < WIDTH // 2
+        kept = torch.cat([part * mask for part, mask in zip(looked_up.chunk(2), (first, ~first), strict=True)])
+        return SimpleNamespace(logits=self.head(kept.tanh().mean(1)))
+
+
+def test_what_moves_a_sample_that_goes_through_twice_is_the_slope_of_both_passes() -> None:
+    model, tensors = Halves(), tensors_of("classification")
+    passes: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].detach()))
+    run(attached(model, "classification", METHODS["fgm"], r_drop=1.0), model, tensors)
+    clean, moved = passes
+    for half, (before, after) in enumerate(zip(clean.chunk(2), moved.chunk(2), strict=True)):
+        read = slice(0, WIDTH // 2) if half == 0 else slice(WIDTH // 2, None)
+        assert (before[:, read] != after[:, read]).all()
+
+
 def test_freelb_without_draws_is_refused() -> None:
     model, tensors = model_of("bert"), tensors_of("classification")
     del tensors[DRAWS]
