@@ -83,10 +83,11 @@ def test_numbers(prepare_rows: Any, word_pieces: Path) -> None:
     held_out = labelled(prepared, "held_out")
     objective = ObjectiveConfig(kind="regression")
     found = [batch["labels"] for rank in range(2)
-             for batch in evaluation_batches(held_out, micro=3, rank=rank, ranks=2, max_samples=None,
+             for batch in evaluation_batches(held_out, micro=len(held_out) - 1, rank=rank, ranks=2, max_samples=None,
                                              objective=objective, seed=0)]  # fmt: skip
     values = np.concatenate(found)
     assert np.isfinite(values).sum() == len(held_out)
+    assert len(values) > len(held_out)
     assert sorted(values[np.isfinite(values)]) == sorted(held_out.fetch(np.arange(len(held_out)))["labels"])
 
 
