@@ -152,3 +152,15 @@ def test_several_labels_that_count_several_times() -> None:
 def test_probabilities_of_large_logits() -> None:
     np.testing.assert_array_equal(softmax(np.array([[1e4, 0.0], [-1e4, -1e4]])), [[1, 0], [0.5, 0.5]])
     np.testing.assert_array_equal(sigmoid(np.array([-1e4, 0.0, 1e4])), [0, 0.5, 1])
+
+
+def test_a_class_that_is_predicted_and_never_true_counts() -> None:
+    truths, chosen = np.array([0, 0, 1]), np.array([0, 2, 1])
+    found = classification(np.eye(3)[chosen], truths, NAMES[:3])
+    assert found.values["f1_macro"] == pytest.approx(metrics.f1_score(truths, chosen, average="macro"))
+    assert found.values["recall_macro"] == pytest.approx(0.5)
+
+
+def test_the_upper_edge_of_a_bin_belongs_to_it() -> None:
+    found = classification(np.array([[0.6, 0.4], [0.62, 0.38]]), np.array([0, 1]), ("a", "b"))
+    assert found.values["ece"] == pytest.approx((0.4 + 0.62) / 2)
