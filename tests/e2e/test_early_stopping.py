@@ -22,7 +22,7 @@ OPTIONS = (
     "guard.mode=off",
     "evaluation.every=2",
     "evaluation.best=loss",
-    "evaluation.patience=3",
+    "evaluation.patience=2",
     "checkpoint.every=null",
     "checkpoint.keep=1",
     "cluster.ranks_per_node=1",
@@ -50,12 +50,12 @@ def test_stops_early_and_exports_the_best(prepared: Workspace) -> None:
     best = min(found, key=lambda step: found[step])
     last = int(str(outcome["step"]))
     assert (outcome["reason"], outcome["exit_code"]) == ("completed", 0)
-    assert last == best + 6 < STEPS
+    assert last == best + 4 < STEPS
     evaluated = [record["step"] for record in prepared.ledger("small") if record["kind"] == "evaluation"]
     assert evaluated == list(range(2, last + 1, 2))
     assert all(loss > found[best] for step, loss in found.items() if step > best)
     message = str(outcome["message"])
-    assert f"early stopping at step {last} of {STEPS} after 3 evaluations without a better one" in message
+    assert f"early stopping at step {last} of {STEPS} after 2 evaluations without a better one" in message
     assert f"best loss {found[best]:.4f} at step {best}" in message
 
     marked = sorted(path.parent.name for path in (run / "checkpoints").glob("step-*/best"))
