@@ -218,7 +218,7 @@ def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The director
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A checkpoint of the run. Default: the newest.")
+        str | None, typer.Option(metavar="NAME", help="A checkpoint of the run. Default: the best, else the newest.")
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Default: RUN/export.")] = None,
     dtype: Annotated[
@@ -227,6 +227,12 @@ def export(
     average: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Average the last N healthy checkpoints.")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The low-rank adapters alone, as peft reads them, into RUN/adapter.")
+    ] = False,
+    no_ema: Annotated[
+        bool, typer.Option("--no-ema", help="The weights themselves, not their moving average.")
+    ] = False,
 ) -> None:
     """Write weights and tokenizer as `from_pretrained` loads them."""
     from launcher import start
@@ -234,7 +240,9 @@ def export(
 
     read_run_config(run)
     given = (("--checkpoint", checkpoint), ("--output", output), ("--dtype", dtype), ("--average", average))
-    raise typer.Exit(start.export(run.absolute(), [f"{name}={value}" for name, value in given if value is not None]))
+    options = [f"{name}={value}" for name, value in given if value is not None]
+    options += [name for name, chosen in (("--adapter", adapter), ("--no-ema", no_ema)) if chosen]
+    raise typer.Exit(start.export(run.absolute(), options))
 
 
 app.command()(evaluate)

@@ -43,8 +43,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
     "trainer.recovery": ("trainer.config", "trainer.saving", *GROUND, *(f"trainer.{room}" for room in ROOMS)),
     "trainer.saving": ("trainer.config", "trainer.starts", *GROUND, *(f"trainer.{room}" for room in ROOMS)),
+    "trainer.best": ("trainer.config",),
     "trainer.loop": (
         "trainer.config",
+        "trainer.best",
         "trainer.stop",
         "trainer.recovery",
         "trainer.saving",
@@ -57,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.stop",
         "trainer.starts",
         "trainer.heartbeat",
+        "trainer.best",
         "trainer.loop",
         "trainer.recovery",
         "trainer.saving",

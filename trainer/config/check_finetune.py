@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.objective import TEXTS
+from trainer.config.objective import EACH_ALONE, TEXTS, meaningless
 from trainer.config.schema import RunConfig
 from trainer.config.scores import names_of
+from trainer.config.section import is_set
 
 Problem = tuple[str, str]
 Rule = tuple[str, bool, str]
@@ -23,6 +24,9 @@ def problems(config: RunConfig) -> Iterator[Problem]:
     """What contradicts what."""
     yield from _best(config)
     yield from _augment(config)
+    yield from _moved(config)
+    yield from _samples(config)
+    yield from _trained(config)
 
 
 def _best(config: RunConfig) -> Iterator[Problem]:
@@ -65,10 +69,50 @@ def _augment(config: RunConfig) -> Iterator[Problem]:
         yield "data.augment.lexicon", f"{augment.lexicon} does not exist; correct the path"
 
 
+def _moved(config: RunConfig) -> Iterator[Problem]:
+    objective, kind = config.objective, config.objective.kind
+    if objective.mixup and kind not in TEXTS:
+        text = f"mixes the targets of whole texts ({', '.join(TEXTS)}), but objective.kind is {kind}"
+        yield "objective.mixup", text
+    if objective.mixup and objective.r_drop:
+        yield "objective.mixup", "does not go together with r_drop, which compares passes over one text; leave one out"
+    if objective.mixup and config.batch.samples == 1:
+        yield "objective.mixup", "needs two texts to mix, and batch.samples is 1"
+    if (
+        objective.adversarial is not None
+        and objective.adversarial.kind == "freelb"
+        and is_set(objective.adversarial, "weight")
+    ):
+        yield "objective.adversarial.weight", "has no place in freelb, which is the mean of its steps; leave it out"
+    if config.distill is None:
+        yield from meaningless(objective)
+
+
+def _samples(config: RunConfig) -> Iterator[Problem]:
+    data, kind = config.data, config.objective.kind
+    pairs = any(source.pair is not None for source in data.sources)
+    if data.too_long == "window" and (pairs or kind == "seq2seq"):
+        what = "two texts together" if pairs else "a text and its answer"
+        yield "data.too_long", f"window is for single texts, and a sample is {what}; use cut or leave_out"
+    if data.balance == "classes" and kind != "classification":
+        yield "data.balance", f"`classes` is for one class a text, but objective.kind is {kind}"
+
+
+def _trained(config: RunConfig) -> Iterator[Problem]:
+    if config.model.lora is not None and config.model.pretrained is None:
+        yield "model.lora", "adapts a pretrained model: set model.pretrained, or leave it out"
+
+
 def without_effect(config: RunConfig) -> list[Rule]:
     """Options that may be idle."""
     evaluation, augment = config.evaluation, config.data.augment
-    rules: list[Rule] = [("evaluation.patience", evaluation.best is None, "evaluation.best is null")]
+    alone = config.objective.kind in EACH_ALONE
+    packed = f"texts are packed (objective.kind is {config.objective.kind})"
+    rules: list[Rule] = [
+        ("evaluation.patience", evaluation.best is None, "evaluation.best is null"),
+        ("data.too_long", not alone, packed),
+        ("data.stride", config.data.too_long != "window", f"data.too_long is {config.data.too_long}"),
+    ]
     if augment is not None:
         rules.append(("data.augment.lexicon", not augment.synonyms, "data.augment.synonyms is 0"))
     return rules

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from trainer.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section, is_set
 
 Kind = Literal[
     "causal",
@@ -72,3 +72,23 @@ TEXTS = ("classification", "multi_label", "regression")
 """Kinds with one target a text."""
 EACH_ALONE = (*TEXTS, "token_classification", "question_answering", "seq2seq")
 """Kinds whose samples are one text each, not packed."""
+MEANINGLESS: dict[Kind, tuple[str, ...]] = {
+    "causal": ("class_weights",),
+    "masked": ("class_weights",),
+    "classification": (),
+    "multi_label": ("class_weights", "z_loss"),
+    "regression": ("class_weights", "z_loss", "label_smoothing", "r_drop"),
+    "token_classification": (),
+    "question_answering": ("class_weights", "label_smoothing"),
+    "seq2seq": ("class_weights",),
+}
+"""Options of an objective that say nothing for its kind."""
+
+
+def meaningless(config: ObjectiveConfig) -> list[tuple[str, str]]:
+    """Those that are set all the same, each with a sentence."""
+    return [
+        (f"objective.{name}", f"has no meaning where objective.kind is {config.kind}; leave it out")
+        for name in MEANINGLESS[config.kind]
+        if is_set(config, name)
+    ]

@@ -261,7 +261,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations; there is always one at the end. None: only at the end."""
     best: str | None = None
     """Score by which evaluations are compared: `loss`, or one that the task has, such as `accuracy`, `f1_macro`,
-    `matthews`, `bleu`. The best checkpoint is kept and exported. None: the last one is."""
+    `matthews`. The best checkpoint is kept and exported. None: the last one is."""
     patience: PositiveInt | None = None
     """With `best`: end after so many evaluations without a better one. None: never."""
     max_samples: PositiveInt | None = None

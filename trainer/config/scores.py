@@ -18,7 +18,8 @@ SCORES: dict[Kind, tuple[str, ...]] = {
     "regression": ("pearson", "spearman", "mse", "mae"),
     "token_classification": ("accuracy", "f1_macro", "f1", "precision", "recall"),
     "question_answering": ("exact_match", "f1"),
-    "seq2seq": ("perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rouge_l"),
+    # texts are written by `trimtab evaluate` only
+    "seq2seq": _LIKELIHOOD,
 }
 """Beside `loss`, which every kind has."""
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
 from trainer.data.on_policy import OnPolicy
 from trainer.data.order import Order, Quarantine
+from trainer.data.partners import Partners, draw_keys, trimmed_together
 from trainer.data.samples import IGNORED, Samples
 from trainer.errors import ConfigError, DataError, WorkerDiedError
-from trainer.records import Batch, IntArray
+from trainer.records import DRAWS, PARTNER, Batch, IntArray
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -60,7 +62,10 @@ class Reader:
     def micro_batch(self, arrays: dict[str, NDArray[Any]], rows: slice) -> dict[str, NDArray[Any]]:
         """The rows of the arrays that are computed together, without columns that hold nothing but padding."""
         chosen = {name: array[rows] for name, array in arrays.items()}
-        return trimmed(chosen, self._kind) if self._kind else chosen
+        if self._kind is None:
+            return chosen
+        trim = partial(trimmed, kind=self._kind)
+        return trimmed_together(chosen, trim) if any(name.startswith(PARTNER) for name in chosen) else trim(chosen)
 
 
 class Stream:
@@ -104,6 +109,10 @@ class Stream:
         self._quarantine = quarantine or Quarantine()
         self._prefetch, self._reading, self._annotate = prefetch, reading, annotate
         self._on_policy, self._augment = on_policy, augment
+        self._partners = Partners(seed, batch, objective.mixup) if objective.mixup else None
+        # an adversarial step from a random place begins where the sample says
+        self._draws = objective.adversarial is not None and objective.adversarial.kind == "freelb"
+        self._seed = seed
         self._ahead: _Ahead | None = None
         self.seek(next_batch)
 
@@ -168,8 +177,13 @@ class Stream:
         arrays = self._fetch(own, positions[mine.ravel()])
         if self._annotate:
             arrays |= self._annotate(own, arrays)
+        places = mine.ravel()
         if self._on_policy:
-            arrays |= self._on_policy.arrays(ids, positions, mine.ravel())
+            arrays |= self._on_policy.arrays(ids, positions, places)
+        if self._partners:
+            arrays |= self._partners.arrays(index, ids, positions, places, self._fetch)
+        if self._draws:
+            arrays[DRAWS] = draw_keys(self._seed, positions[places])
         return Batch(
             batch_index=index,
             epoch=self._order.epoch_of(int(positions[0])),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig, meaningless
 from trainer.errors import ConfigError
 from trainer.objectives.losses import (
     binary_cross_entropy_sum,
@@ -30,9 +30,6 @@ class Task:
 
     Shapes of logits and labels: [B, T, V] and [B, T] int64 (already shifted), of texts [B, C] and [B]; −100: no target.
     """
-
-    without: tuple[str, ...] = ("class_weights",)
-    """Options of the objective that have no meaning for the kind."""
 
     def logits(self, outputs: Any, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         """What the losses are made of, [B, …], from what the model returns for the tensors."""
@@ -82,8 +79,6 @@ class Task:
 class Classification(Task):
     """One class a text: logits [B, C], labels [B]."""
 
-    without = ()
-
     def predict(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`logits` [B, C] fp32 and `labels` [B]."""
         return {"logits": logits.float(), "labels": labels}
@@ -92,8 +87,6 @@ class Classification(Task):
 class TokenClassification(Task):
     """One class a word: logits [B, L, C], labels [B, L], ≥ 0 at the first token of each word."""
 
-    without = ()
-
     def predict(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`predictions` [B, L] int64, the most probable class at each token, and `labels` [B, L]."""
         return {"predictions": logits.argmax(-1), "labels": labels}
@@ -101,8 +94,6 @@ class TokenClassification(Task):
 
 class MultiLabel(Task):
     """Any number of classes a text: logits [B, C], labels [B, C] float of 0 and 1; an empty place: all −100."""
-
-    without = ("class_weights", "z_loss")
 
     def targets(self, labels: Tensor) -> Tensor:
         return (labels[:, 0] >= 0).long()
@@ -129,8 +120,6 @@ class MultiLabel(Task):
 class Regression(Task):
     """A number a text: values [B], labels [B] float; an empty place: NaN."""
 
-    without = ("class_weights", "z_loss", "label_smoothing", "r_drop")
-
     def logits(self, outputs: Any, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         values: Tensor = outputs.logits.squeeze(-1)
         return values
@@ -154,8 +143,6 @@ class QuestionAnswering(Task):
     """The first and the last token of an answer: logits [B, 2, L], labels [B, 2]; one target a window, whose loss is
     the mean of both cross-entropies. Padding is left out of the distributions, so that the loss of a window does not
     depend on the length of others; without padding it is that of transformers."""
-
-    without = ("class_weights", "label_smoothing")
 
     def logits(self, outputs: Any, tensors: Mapping[str, Tensor]) -> Tensor:
         both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
@@ -218,16 +205,9 @@ def task_of(config: ObjectiveConfig) -> Task:
     Raises:
         ConfigError: an option that has no meaning for the kind.
     """
-    task = _TASKS[config.kind]
-    off = ObjectiveConfig()
-    problems = [
-        (f"objective.{name}", f"has no meaning where objective.kind is {config.kind}; leave it out")
-        for name in task.without
-        if getattr(config, name) != getattr(off, name)
-    ]
-    if problems:
+    if problems := meaningless(config):
         raise ConfigError(problems)
-    return task
+    return _TASKS[config.kind]
 
 
 def balanced_weights(class_counts: Tensor) -> Tensor:

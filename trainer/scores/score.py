@@ -38,8 +38,6 @@ MAIN = {
 }
 """What is told first."""
 
-SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "brier", "log_loss", "mse", "mae"})
-
 
 def score(kind: str, predictions: Any, truths: Any, names: Sequence[str] = ()) -> Scores:
     """The scores of predictions for texts.

@@ -22,7 +22,9 @@ from trainer.engine.zero import Engine
 from trainer.heartbeat import Heartbeat, NoHeartbeat
 from trainer.model.build import build_model
 from trainer.model.configuration import decoder_start
+from trainer.model.embeddings import find_embeddings
 from trainer.model.groups import parameter_groups
+from trainer.objectives import adversarial, mixup
 from trainer.objectives.objective import make_objective
 from trainer.objectives.penalty import penalty_gradient, penalty_value
 from trainer.optim.build import build_optimizer
@@ -84,10 +86,12 @@ def build_engine(
         kept=prepared.kept,
     )
     penalty = _make_penalty(config)
-    return Engine(
+    own = make_objective(config.objective, classes=prepared.classes, class_counts=class_counts(prepared))
+    moved = adversarial.wrap(mixup.wrap(own, config.objective), config.objective)
+    engine = Engine(
         model,
         build_optimizer(parameter_groups(model, config), config, setting.device),
-        objective or make_objective(config.objective, classes=prepared.classes, class_counts=class_counts(prepared)),
+        objective or moved,
         config=config,
         numbers=numbers,
         parameters=setting.facts.parameters,
@@ -98,6 +102,11 @@ def build_engine(
         penalties=() if penalty is None else ("penalty",),
         injector=injector,
     )
+    if isinstance(moved, adversarial.Adversarial):
+        moved.attach(engine.module, find_embeddings(engine.module))
+    elif isinstance(moved, mixup.Mixup):
+        moved.attach(find_embeddings(engine.module))
+    return engine
 
 
 def classes_and_padding(prepared: Prepared) -> Classes | None:

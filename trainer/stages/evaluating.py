@@ -21,6 +21,7 @@ from trainer.data.questions import QuestionSamples
 from trainer.data.stream import Reader
 from trainer.errors import ConfigError, DataError
 from trainer.model.build import position_offset, takes_positions
+from trainer.model.configuration import decoder_start
 from trainer.records import IntArray
 from trainer.scores.resampling import Comparison, Interval, compare, flips, intervals
 from trainer.scores.score import score
@@ -134,7 +135,8 @@ class HeldOutMaterial:
         self.kind = config.objective.kind
         self.counts: Counter[str] = Counter()
         self._config, self._prepared = config, prepared
-        self.samples = prepared.samples("held_out", data.sequence_length, data.boundaries)
+        start = decoder_start(config)
+        self.samples = prepared.samples("held_out", data.sequence_length, data.boundaries, decoder_start=start)
         self.names = prepared.classes.names if prepared.classes else ()
         if isinstance(self.samples, LabelledSamples):
             self.counts["longer than a sample (data.too_long)"] = self.samples.num_cut

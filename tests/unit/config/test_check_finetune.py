@@ -76,6 +76,38 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "data.augment",
         "which a cache cannot hold",
     ),
+    "words mixed": (
+        {"objective": {"kind": "token_classification", "mixup": 0.2}},
+        "objective.mixup",
+        "objective.kind is token_classification",
+    ),
+    "mixed twice": ({"objective": {"mixup": 0.2, "r_drop": 1.0}}, "objective.mixup", "r_drop"),
+    "one text mixed": ({"objective": {"mixup": 0.2}, "batch": {"samples": 1, "micro": 1}}, "objective.mixup", "is 1"),
+    "a mean weighed": (
+        {"objective": {"adversarial": {"kind": "freelb", "weight": 0.5}}},
+        "objective.adversarial.weight",
+        "mean of its steps",
+    ),
+    "smoothed numbers": (
+        {"objective": {"kind": "regression", "label_smoothing": 0.1}},
+        "objective.label_smoothing",
+        "has no meaning where objective.kind is regression",
+    ),
+    "windows of answers": (
+        {"objective": {"kind": "seq2seq"}, "data": {"too_long": "window"}},
+        "data.too_long",
+        "a text and its answer",
+    ),
+    "numbers balanced": (
+        {"objective": {"kind": "regression"}, "data": {"balance": "classes"}},
+        "data.balance",
+        "objective.kind is regression",
+    ),
+    "adapters of nothing": (
+        {"model": {"config": {"model_type": "bert"}, "lora": {}}},
+        "model.lora",
+        "set model.pretrained",
+    ),
     "nothing changed": ({"data": {"augment": {}}}, "data.augment", "changes nothing"),
     "all swapped": ({"data": {"augment": {"swap": 0.6}}}, "data.augment.swap", "at most 0.5"),
     "no lexicon": ({"data": {"augment": {"synonyms": 0.1}}}, "data.augment.lexicon", "is missing"),
@@ -104,4 +136,4 @@ def test_what_fits_is_allowed(tmp_path: Path) -> None:
         assert [*problems(config_of(objective={"kind": kind}, data={"augment": augment}))] == []
     assert [*problems(config_of())] == []
     idle = {path for path, is_idle, _ in without_effect(config_of(data={"augment": {"mask": 0.1}})) if is_idle}
-    assert idle == {"evaluation.patience", "data.augment.lexicon"}
+    assert idle == {"evaluation.patience", "data.augment.lexicon", "data.stride"}
