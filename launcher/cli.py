@@ -230,9 +230,7 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="The low-rank adapters alone, as peft reads them, into RUN/adapter.")
     ] = False,
-    no_ema: Annotated[
-        bool, typer.Option("--no-ema", help="The weights themselves, not their moving average.")
-    ] = False,
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="The weights themselves, not their moving average.")] = False,
 ) -> None:
     """Write weights and tokenizer as `from_pretrained` loads them."""
     from launcher import start

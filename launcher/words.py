@@ -48,15 +48,26 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
     return "\n".join(lines + [f"  {name:<{width}}  {text}" for name, text in rows])
 
 
+_UNITS = {
+    "multi_label": "nats a class",
+    "regression": "squared error",
+    "token_classification": "nats a word",
+    "question_answering": "nats an end of the answer",
+    "seq2seq": "nats a token",
+}
+"""Of the held-out loss, where it is not that of texts with a class or of tokens of packed text."""
+
+
 def _unit(root: Path) -> str:
     """Of the held-out loss, with the loss of who knows the frequencies alone, where preparing recorded it."""
     try:
         report = json.loads(RunFiles(root).data.read_text(encoding="utf-8"))["report"]
     except (OSError, ValueError, LookupError, TypeError):
         return "nats a token"
-    classified = "classes" in report
-    entropy = report.get("class_entropy" if classified else "unigram_entropy")
-    unit, name = ("nats a text", "class entropy") if classified else ("nats a token", "unigram entropy of that text")
+    unit = _UNITS.get(report.get("kind"), "nats a text" if "classes" in report else "nats a token")
+    known = ("class_entropy", "class entropy"), ("unigram_entropy", "unigram entropy of that text")
+    key, name = known[0] if "classes" in report else known[1]
+    entropy = report.get(key)
     return f"{unit} ({name}: {entropy:.4f})" if isinstance(entropy, int | float) else unit
 
 

@@ -148,6 +148,8 @@ def _material(options: argparse.Namespace, first: _Model, model: AnyModel, tempo
         return HeldOutMaterial(first.run, prepared)
     if options.data.suffix in _YAML:
         return _configured(load_config(options.data), model, temporary)
+    if options.label is None and model.kind != "causal":
+        raise DataError(f"{model.path} is a {model.kind} model: say with --label which column holds what it should say")
     columns = Columns(options.text, options.label, options.second)
     examples = read_examples(options.data, model.kind, columns, model.names)
     return FileMaterial(examples)

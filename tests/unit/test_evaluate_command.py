@@ -195,6 +195,11 @@ def test_generated_texts(tmp_path: Path, model: str) -> None:
     assert any(note.startswith("bleu: nrefs:1") for note in found["notes"])
 
 
+def test_what_a_model_should_say_is_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data = save(tmp_path / "model", "BartForConditionalGeneration"), write(tmp_path / "r.jsonl", reviews(3))
+    assert "is a seq2seq model: say with --label which column" in refused(capsys, folder, "--data", data)
+
+
 def test_long_texts_and_missing_padding_are_counted(tmp_path: Path) -> None:
     model = classifier(tmp_path / "model", padding=False)
     rows = [*reviews(4), {"text": " ".join(WORDS * 5), "label": "bad"}, {"text": "good", "label": 2}]

@@ -17,13 +17,13 @@ class AugmentConfig(Section):
     delete: Fraction = 0.0
     """Fraction of the words that are left out."""
     swap: Fraction = 0.0
-    """Fraction of the words that change places with the next one."""
+    """Fraction of the words that change places with the next one, at most 0.5."""
     mask: Fraction = 0.0
     """Fraction of the tokens that become the mask token (or the unknown token)."""
     typos: Fraction = 0.0
     """Fraction of the characters that are dropped, doubled, replaced, or swapped with the next one."""
     synonyms: Fraction = 0.0
-    """Fraction of the words that become one of their synonyms in `lexicon`."""
+    """Fraction of the words known to `lexicon` that become one of their synonyms there."""
     lexicon: str | None = None
     """File with a group of synonyms a line, separated by tabs or commas; or WordNet's folder of `data.*` files."""
 

@@ -274,7 +274,8 @@ class CheckpointConfig(Section):
     every: PositiveInt | None = 500
     """Steps between checkpoints; there is always one at the end and when asked to stop. None: only then."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept; beyond them the newest healthy one, and the next that is to be proven healthy."""
+    """Newest checkpoints kept; beyond them the newest healthy one, the next that is to be proven healthy, and with
+    `evaluation.best` the best."""
     keep_every: PositiveInt | None = None
     """Steps between checkpoints that stay for good (a multiple of `every`). None: none does."""
     background: bool = True
