@@ -1,5 +1,5 @@
 # make demo     install, then train a small model on Python's own standard library, with faults put in (about six minutes)
-# make distill-demo  a pretrained model into a quarter of its size, and how much that is worth (about a quarter of an hour)
+# make distill-demo  a pretrained model into a quarter of its size, and how much that is worth (about eleven minutes)
 # make install  .venv with everything that a run needs
 # make test     the tests          make check  lint, types, import directions
 # make bench    the figures of benchmarks/results          make clean  forget caches; environment and runs stay

