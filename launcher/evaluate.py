@@ -46,6 +46,13 @@ def evaluate(
         int | None, typer.Option(min=8, metavar="N", help="Tokens of a text. Default: what the model takes.")
     ] = None,
     errors: Annotated[int | None, typer.Option(min=0, metavar="N", help="Worst errors to show. Default: 5.")] = None,
+    look: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Look inside: tokens that matter and attention, of the worst errors."),
+    ] = None,
+    sentence: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Also look into this text; may be given again.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all of it there.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASKS", help="Also run these tasks of lm-eval, if installed.")
@@ -56,7 +63,8 @@ def evaluate(
 
     given: dict[str, str | int | Path | None] = {"text": text, "label": label, "second": second, "data": data}
     given |= {"checkpoint": checkpoint, "noise": noise, "seed": seed, "resamples": resamples, "samples": samples}
-    given |= {"batch": batch, "length": length, "errors": errors, "json": json, "lm-eval": lm_eval}
+    given |= {"batch": batch, "length": length, "errors": errors, "json": json, "lm-eval": lm_eval, "look": look}
     argv = [sys.executable, "-m", "trainer.evaluate", *map(str, models), *(["--compare"] if compare else [])]
     argv += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    argv += [f"--sentence={text}" for text in sentence or []]
     raise typer.Exit(local.supervise(argv, os.environ, stopping="stopping the evaluation").exit_code)

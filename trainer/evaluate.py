@@ -100,11 +100,25 @@ def _report(
             table, matrix = disagreement(found, material.names)
             console.print(table)
             written["flips"] = matrix
+        if options.look is not None:
+            _look(options, models[0].load(device), found[0], material)
+            console.print(f"  looked into: {options.look}")
         if options.json is not None:
             options.json.write_text(json.dumps(without_nan(written), indent=1, ensure_ascii=False), encoding="utf-8")
     if options.lm_eval and how.rank == 0:
         return _lm_eval(models, options.lm_eval, how.micro)
     return ExitCode.COMPLETED
+
+
+def _look(options: argparse.Namespace, model: AnyModel, result: Any, material: Material) -> None:
+    """A page about the worst errors of the first model, and the texts that are given."""
+    from trainer.stages.evaluation_tables import worst
+    from trainer.stages.looking import look
+
+    given = [(f"given: {text}", text) for text in options.sentence]
+    wrong = worst(result, material, options.errors, whole=True)
+    known = [(f"{one['where']}: is {one['truth']}, predicted {one['prediction']}", one["text"]) for one in wrong]
+    look(model, [*given, *known], options.look, f"Inside {result.title}")
 
 
 def _of(difference: Any) -> dict[str, Any]:
@@ -194,6 +208,8 @@ def check(options: argparse.Namespace) -> None:
         )
     if options.data is not None and not options.data.is_file():
         raise DataError(f"--data {options.data} is no file")
+    if options.sentence and options.look is None:
+        raise DataError("--sentence is looked into, and no page is asked for: add --look FILE.html")
     if options.checkpoint is not None and not any(map(is_run, options.models)):
         raise DataError("--checkpoint names one of a run, and no run is given")
     if options.lm_eval and importlib.util.find_spec("lm_eval") is None:
@@ -279,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=_positive)
     parser.add_argument("--tokens", type=_positive, default=64)
     parser.add_argument("--errors", type=int, default=5)
+    parser.add_argument("--look", type=Path, metavar="FILE.html")
+    parser.add_argument("--sentence", action="append", default=[])
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--lm-eval", metavar="TASKS")
     return parser

@@ -129,6 +129,8 @@ class Evaluation:
     num_targets: int
     scores: dict[str, float] = field(default_factory=dict)
     """Further means over the targets by name: `accuracy`."""
+    closely: dict[str, Any] | None = None
+    """What a person looks at, plain JSON, on the first rank: `classes` and their `confusion`, the worst `errors`."""
 
 
 @dataclass(frozen=True, slots=True)

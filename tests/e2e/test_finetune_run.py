@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet
 import pytest
 from workspace import SENTENCES, Workspace
 
@@ -48,6 +49,11 @@ CONFIG = {
 }
 
 
+def scores_of_texts(workspace: Workspace) -> int:
+    """Texts that the newest evaluation predicted."""
+    return int(pyarrow.parquet.read_metadata(workspace.run_dir("whole") / "predictions.parquet").num_rows)
+
+
 def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(workspace: Workspace) -> None:
     texts = [
         {"text": f"{SENTENCES[n % 4]} {n}", "more": f"note {n * 31}", "side": "left" if n % 4 < 2 else "right"}
@@ -73,6 +79,10 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(workspace: 
     scores = [[r["scores"] for r in workspace.ledger(name) if r["kind"] == "evaluation"] for name in attempts]
     assert scores[0][-1] == scores[1][-1]
     assert {"accuracy", "f1_macro", "matthews", "auc"} <= set(scores[0][-1])  # type: ignore[arg-type]
+    looked = [record for record in workspace.ledger("whole") if record["kind"] == "predictions"]
+    assert [record["step"] for record in looked] == [5, 10, 14]
+    confusion = looked[-1]["confusion"]
+    assert sum(map(sum, confusion)) == scores_of_texts(workspace)  # type: ignore[call-overload]
     for changed in ("delete", "swap", "typos", "mask"):
         assert changed in (workspace.run_dir("whole") / "augmentation.md").read_text()
 

@@ -195,6 +195,26 @@ def test_generated_texts(tmp_path: Path, model: str) -> None:
     assert any(note.startswith("bleu: nrefs:1") for note in found["notes"])
 
 
+def test_a_page_about_the_worst_errors_and_a_given_text(tmp_path: Path) -> None:
+    model, data, page = classifier(tmp_path / "model"), write(tmp_path / "rows.jsonl", reviews()), tmp_path / "in.html"
+    options = ("--label=label", "--errors=2", f"--look={page}", "--sentence=a <b>good</b> house")
+    (found,) = evaluated(tmp_path, model, "--data", data, *options)["models"]
+    html = page.read_text()
+    assert html.count("<h2>") == html.count("data:image/png;base64,") == 3
+    assert "given: a &lt;b&gt;good&lt;/b&gt; house" in html
+    assert "<b>" not in html
+    for error in found["worst"]:
+        assert f"is {error['truth']}, predicted {error['prediction']}" in html
+
+
+def test_a_look_inside_is_refused_where_there_is_nothing_to_see(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", reviews(3))
+    model = classifier(tmp_path / "model")
+    assert "add --look FILE.html" in refused(capsys, model, "--data", data, "--label=label", "--sentence=x")
+
+
 def test_what_a_model_should_say_is_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, data = save(tmp_path / "model", "BartForConditionalGeneration"), write(tmp_path / "r.jsonl", reviews(3))
     assert "is a seq2seq model: say with --label which column" in refused(capsys, folder, "--data", data)

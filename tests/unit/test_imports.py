@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         for room in ROOMS
     },
     "trainer.scores": GROUND,
+    "trainer.insight": GROUND,
     "trainer.teacher": ("trainer.config", "trainer.model", *GROUND, *TENSORS),
     "trainer.faults": ("trainer.engine", "trainer.config.files", *GROUND),
     "trainer.report": ("trainer.config", "trainer.telemetry.ledger", "trainer.telemetry.names", *GROUND),
@@ -67,6 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "trainer.faults",
         "trainer.teacher",
         "trainer.scores",
+        "trainer.insight",
         *GROUND,
         *TENSORS,
         *(f"trainer.{room}" for room in ROOMS),

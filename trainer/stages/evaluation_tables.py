@@ -7,21 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from trainer.records import FloatArray, IntArray
-from trainer.scores.classes import THRESHOLD
+from trainer.records import IntArray
+from trainer.scores import errors
 from trainer.scores.resampling import Comparison, flips
 from trainer.stages.evaluating import Material, Result
-from trainer.stages.held_out import shown
+from trainer.stages.held_out import MOST_CLASSES, clipped, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MOST_CLASSES = 20
-"""Of a confusion matrix that is shown."""
-_CLIP = 160
-"""Characters of a text that are shown."""
 
 
 def _table(*columns: str, title: str) -> Table:
@@ -70,7 +63,7 @@ def tables(result: Result, material: Material, errors: int) -> Iterator[Table]:
         for number, truth, text in list(
             zip(result.generated.ids, result.generated.truths, result.generated.texts, strict=True)
         )[:3]:
-            table.add_row(_clipped(material.text(int(number))), _clipped(truth), _clipped(text))
+            table.add_row(clipped(material.text(int(number))), clipped(truth), clipped(text))
         yield table
 
 
@@ -89,36 +82,16 @@ def notes(result: Result) -> Iterator[str]:
     yield from (f"{count:,} × {what}" for what, count in result.counts.items())
 
 
-def _badness(result: Result) -> FloatArray:
-    """How wrong each text is, [texts]; 0: it is right."""
+def worst(result: Result, material: Material, limit: int, *, whole: bool = False) -> list[dict[str, Any]]:
+    """The most wrong texts, the worst first: where, truth, prediction, text (its beginning, or all of it)."""
     found = result.predicted
-    match found.kind:
-        case "classification":
-            probabilities = np.asarray(found.predictions)
-            of_truth = probabilities[np.arange(len(probabilities)), found.truths]
-            return np.where(probabilities.argmax(axis=1) == found.truths, 0.0, 1 - of_truth)
-        case "multi_label":
-            off = np.abs(np.asarray(found.predictions) - found.truths)
-            return np.asarray(np.where(off > THRESHOLD, off, 0.0).sum(axis=1))
-        case "regression":
-            return np.asarray(np.abs(found.predictions - found.truths))
-        case "token_classification":
-            pairs = zip(found.predictions, found.truths, strict=True)
-            return np.array([float(np.mean(np.array(p) != np.array(t))) if t else 0.0 for p, t in pairs])
-        case "question_answering":
-            return np.asarray(~result.scores.hits["exact_match"], dtype=np.float64)
-    return np.zeros(len(found.ids))
-
-
-def worst(result: Result, material: Material, limit: int) -> list[dict[str, Any]]:
-    """The most wrong texts, the worst first: where, truth, prediction, text."""
-    badness = _badness(result)
-    order = np.argsort(-badness, kind="stable")[:limit]
-    chosen = [row for row in order.tolist() if badness[row] > 0]
-    truths, predictions = shown(result.predicted, material.names)
-    ids = result.predicted.ids[chosen]
+    wrong = errors.badness(found.kind, found.predictions, found.truths, result.scores.hits.get("exact_match"))
+    chosen = errors.worst(wrong, limit)
+    truths, predictions = shown(found, material.names)
+    ids = found.ids[chosen]
+    show = str if whole else clipped
     return [
-        {"where": where, "truth": truths[row], "prediction": predictions[row], "text": _clipped(material.text(number))}
+        {"where": where, "truth": truths[row], "prediction": predictions[row], "text": show(material.text(number))}
         for row, number, where in zip(chosen, ids.tolist(), material.where(ids), strict=True)
     ]
 
@@ -173,8 +146,3 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _clipped(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= _CLIP else flat[: _CLIP - 1] + "…"

@@ -18,7 +18,9 @@ from trainer.data.questions import QuestionSamples
 from trainer.data.samples import Samples
 from trainer.engine.zero import Engine
 from trainer.records import Evaluation, IntArray
+from trainer.scores import errors
 from trainer.scores.classes import THRESHOLD
+from trainer.scores.scores import Scores
 from trainer.stages.build import held_out_batches
 from trainer.stages.scoring import SCORED, Keeper, Predictions, gathered, held_out_ids, of_texts
 
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.parquet"
 """In the run directory: what the newest evaluation predicted for each sample, for lists of errors."""
+MOST_CLASSES = 20
+"""Of a confusion matrix that is shown."""
+_ERRORS = 10
+_CLIP = 160
+"""Characters of a text that are shown."""
 LANGUAGE: frozenset[Kind] = frozenset({"causal", "masked", "seq2seq"})
 """Kinds whose targets are tokens: the exponential of their loss is a perplexity."""
 
@@ -63,6 +70,7 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
         return None
     predicted = gathered(keeper.predictions())
     box: list[dict[str, float]] = [{}]
+    closely: dict[str, Any] | None = None
     if predicted is not None:
         classes = setting.prepared.classes
         names = classes.names if classes is not None else ()
@@ -71,7 +79,9 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
         else:
             assert isinstance(samples, LabelledSamples)
             predicted = of_texts(predicted, samples)
-            values = predicted.scores(names).values
+            scores = predicted.scores(names)
+            values = scores.values
+            closely = look_closely(predicted, scores, names, samples)
             box = [{name: value for name, value in values.items() if not math.isnan(value)}]
         try:
             write_predictions(
@@ -80,7 +90,35 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
         except OSError as error:
             say("warning", f"the predictions of step {step} were not written: {error}")
     dist.broadcast_object_list(box, src=0)
-    return replace(found, scores={**found.scores, **box[0]})
+    return replace(found, scores={**found.scores, **box[0]}, closely=closely)
+
+
+def look_closely(predicted: Predictions, scores: Scores, names: Sequence[str], samples: Samples) -> dict[str, Any]:
+    """The confusion of at most MOST_CLASSES classes, and the worst errors with their texts: plain JSON."""
+    wrong = errors.badness(predicted.kind, predicted.predictions, predicted.truths, scores.hits.get("exact_match"))
+    rows = errors.worst(wrong, _ERRORS)
+    truths, predictions = shown(predicted, names)
+    ids = predicted.ids[rows]
+    result: dict[str, Any] = {
+        "errors": [
+            {
+                "document": document,
+                "truth": truths[row],
+                "prediction": predictions[row],
+                "text": clipped(" ‖ ".join(text for _, _, text in samples.describe(number))),
+            }
+            for row, number, document in zip(rows, ids.tolist(), documents(samples, ids), strict=True)
+        ]
+    }
+    if scores.confusion is not None and len(names) <= MOST_CLASSES:
+        result |= {"classes": list(names), "confusion": scores.confusion.tolist()}
+    return result
+
+
+def clipped(text: str) -> str:
+    """On one line, not too long."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _CLIP else flat[: _CLIP - 1] + "…"
 
 
 def documents(samples: Samples, ids: IntArray) -> list[str]:

@@ -370,6 +370,8 @@ class Training:
         better = compare(self._best, step, {"loss": found.loss, **scores}, self._say)
         best = told(self._best)
         self.telemetry.record_evaluation(step, found.loss, found.num_targets, seconds, scores, best)
+        if found.closely is not None:
+            self.telemetry.record_predictions(step, found.closely)
         if better:
             self.telemetry.message("info", f"the best so far: {self._best}")
         self._held_out = step, found.loss

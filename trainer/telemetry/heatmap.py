@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.records import FloatArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDE, _HIGH_OF_A_ROW, _DPI = 9.0, 0.16, 100
 
@@ -107,11 +111,16 @@ class HeatMap:
         axes.set_xlabel("step", fontsize=8)
         axes.set_title("gradient norm by layer (red: not finite)", fontsize=8)
         figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
-        target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=_DPI)
-        png = target.getvalue()
-        # width and height stand at fixed places in the first chunk of a PNG
-        return Picture(png, int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big"))
+        return to_picture(figure, _DPI)
+
+
+def to_picture(figure: Figure, dpi: int) -> Picture:
+    """The figure as it is."""
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=dpi)
+    png = target.getvalue()
+    # width and height stand at fixed places in the first chunk of a PNG
+    return Picture(png, int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big"))
 
 
 def _merged(columns: list[_Column]) -> _Column:

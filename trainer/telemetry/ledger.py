@@ -36,7 +36,7 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ESCAPE = "~"
 _BLOCK_BYTES = 1 << 16
 _POLL_SECONDS = 0.2
-_OF_A_STEP = ("attempt", "weights", "part_norms", "evaluation")
+_OF_A_STEP = ("attempt", "weights", "part_norms", "evaluation", "predictions")
 _LEVELS = {"examined": "info", "recovered": "info", "halted": "error"}
 
 

@@ -124,6 +124,9 @@ class Recorder(Protocol):
         `best`: the best evaluation so far, this one included: `score`, `step` and `value`.
         """
 
+    def record_predictions(self, step: int, closely: Mapping[str, Any]) -> None:
+        """What an evaluation predicted, for a person (`Evaluation.closely`); after the evaluation."""
+
     def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
         """A committed checkpoint; `seconds_blocked` that the loop stood still for it."""
 
@@ -303,6 +306,9 @@ class Telemetry:
         fields |= {} if best is None else {"best": dict(best)}
         found = {name: float(value) for name, value in scores.items()}
         self._write(lambda: {"kind": "evaluation", **fields, "scores": found})
+
+    def record_predictions(self, step: int, closely: Mapping[str, Any]) -> None:
+        self._write(lambda: {"kind": "predictions", "step": step, **closely})
 
     def record_checkpoint(self, saved: Saved, seconds_blocked: float) -> None:
         fields = {

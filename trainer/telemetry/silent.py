@@ -27,6 +27,9 @@ class NoTelemetry:
     def record_evaluation(self, *_: object, **__: object) -> None:
         pass
 
+    def record_predictions(self, *_: object, **__: object) -> None:
+        pass
+
     def record_checkpoint(self, *_: object, **__: object) -> None:
         pass
 

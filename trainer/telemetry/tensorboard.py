@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer.errors import TrimtabError
 from trainer.telemetry.abandoned import Abandoned
+from trainer.telemetry.confusion import confusion_picture
 from trainer.telemetry.events import EventFile, layout_of
 from trainer.telemetry.heatmap import HeatMap, load
 from trainer.telemetry.ledger import FILE_NAME, Record, history, notice
@@ -36,6 +37,10 @@ from trainer.telemetry.writer import say
 _PICTURE_EVERY = 500
 _PICTURE_EVERY_SECONDS = 60.0
 _MAX_MESSAGES = 1000
+
+_OF_AN_ERROR = ("document", "truth", "prediction", "text")
+_MARKDOWN = frozenset("\\`*_{}[]()<>#+-!|~&")
+CONFUSION = "2 held-out/confusion"
 
 FOLDER = "tensorboard"
 COMMAND = "tensorboard --logdir {folder} --samples_per_plugin scalars=100000"
@@ -85,6 +90,9 @@ class TensorBoardView:
                 self._points(self._scalars.part_norms(record), record, survives)
             case "evaluation":
                 self._points(self._scalars.evaluation(record), record, survives)
+            case "predictions":
+                if survives:
+                    self._predictions(record)
             case "checkpoint":
                 values = {SECONDS_CHECKPOINT: record["seconds"], SECONDS_WRITTEN: record["seconds_written"]}
                 self._main.scalars(values, record["step"], record["time"])
@@ -190,6 +198,15 @@ class TensorBoardView:
             self._go_back(step, record["time"])
             self._mark(step, record["time"])
 
+    def _predictions(self, record: Record) -> None:
+        if "confusion" in record:
+            picture = confusion_picture(record["confusion"], record["classes"])
+            self._main.image(CONFUSION, picture, record["step"], record["time"])
+        errors = [{name: plain(error[name]) for name in _OF_AN_ERROR} for error in record["errors"]]
+        rows = ["| " + " | ".join(error.values()) + " |" for error in errors]
+        head = ["| " + " | ".join(_OF_AN_ERROR) + " |", "| --- | --- | --- | --- |"]
+        self._main.text("4 worst errors", "\n".join([*head, *rows]), record["step"], record["time"])
+
     def _mark(self, step: int, time: float) -> None:
         self._marked.add(step)
         self._main.scalars({INCIDENT: 1.0}, step, time)
@@ -210,6 +227,12 @@ class TensorBoardView:
         self._messages.append((self._step, f"- **{level}** {text}"))
         lines = [line for at, line in self._messages if at == self._step]
         self._main.text("2 messages", "\n".join(lines), self._step, time)
+
+
+def plain(value: object) -> str:
+    """Text of a user in a cell of a table: nothing in it is Markdown."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(f"\\{letter}" if letter in _MARKDOWN else letter for letter in text)
 
 
 def _table(facts: Mapping[str, object]) -> str:

@@ -191,6 +191,7 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
     telemetry.message("info", "held-out: 3 documents")
     telemetry.record_part_norms(5, {"loss": 2.0, "z_loss": 0.5})
     telemetry.record_evaluation(5, math.inf, 100, 1.5, {"accuracy": 0.25})
+    telemetry.record_predictions(5, {"errors": [], "classes": ["a", "b"], "confusion": [[3, 1], [0, 2]]})
     telemetry.record_checkpoint(Saved(5, "step-00000005", 1000, 2.5), 0.5)
     telemetry.record_snapshot(5, 0.25, 2000)
     telemetry.record_structure(5, Structure(np.array([1.0, 2.0]), math.inf, np.ones(3), np.full(3, 0.5)))
@@ -212,6 +213,14 @@ def test_every_event_is_recorded(tmp_path: Path) -> None:
             "targets": 100,
             "seconds": 1.5,
             "scores": {"accuracy": 0.25},
+        },
+        {
+            "kind": "predictions",
+            **head,
+            "step": 5,
+            "errors": [],
+            "classes": ["a", "b"],
+            "confusion": [[3, 1], [0, 2]],
         },
         {
             "kind": "checkpoint",

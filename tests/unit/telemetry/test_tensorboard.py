@@ -17,6 +17,7 @@ from trainer.errors import RunDirectoryError
 from trainer.records import Outcome, Position, Saved, Skip, Step, StepStats, Structure, Timing
 from trainer.telemetry import scalars as tb
 from trainer.telemetry import tensorboard
+from trainer.telemetry.confusion import confusion_picture
 from trainer.telemetry.recorder import RunFacts, Telemetry
 
 NAMES = (
@@ -224,6 +225,34 @@ def test_cards_tell_the_run_its_config_and_what_was_said(tmp_path: Path) -> None
     messages = text(main, "2 messages")
     assert messages[2] == "- **warning** skipped batch 1 (attempt 2): not finite"
     assert messages[3] == "- **warning** a | b\n- **info** stopped: Asked to stop."
+
+
+def test_predictions_are_a_picture_and_a_table(tmp_path: Path) -> None:
+    telemetry = open_run(tmp_path)
+    wrong = {"document": "a|b.csv:7", "truth": "good", "prediction": ["bad", "dull"], "text": "<b>so *so* | film"}
+    names = ["good", "bad", "dull"]
+    telemetry.record_predictions(
+        3, {"errors": [wrong], "classes": names, "confusion": [[5, 1, 0], [0, 4, 2], [0, 0, 9]]}
+    )
+    telemetry.record_predictions(4, {"errors": []})
+    close(telemetry)
+    main = read(tmp_path / "tensorboard" / "main")
+    (image,) = main.Images("2 held-out/confusion")
+    assert (image.step, image.encoded_image_string[1:4]) == (3, b"PNG")
+    assert image.width == image.height + 60
+    assert text(main, "4 worst errors")[3].splitlines()[2:] == [
+        r"| a\|b.csv:7 | good | bad, dull | \<b\>so \*so\* \| film |"
+    ]
+
+
+def test_confusion_is_shown_as_fractions_of_the_true_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    shown: list[Any] = []
+    draw = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, data, **options: shown.append(data) or draw(self, data, **options))
+    confusion_picture([[3, 1, 0], [0, 0, 0], [1, 1, 2]], ["a", "b", "c"])
+    assert shown[0].tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [0.25, 0.25, 0.5]]
 
 
 def test_each_chart_of_the_layout_finds_its_curves(tmp_path: Path) -> None:
