@@ -35,6 +35,7 @@ CONFIG = {
     "objective": {
         "kind": "classification",
         "label_smoothing": 0.1,
+        "class_weights": "balanced",
         "mixup": 0.4,
         "adversarial": {"kind": "freelb", "steps": 2},
         "l2_start": 0.01,
@@ -56,7 +57,7 @@ def scores_of_texts(workspace: Workspace) -> int:
 
 def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(workspace: Workspace) -> None:
     texts = [
-        {"text": f"{SENTENCES[n % 4]} {n}", "more": f"note {n * 31}", "side": "left" if n % 4 < 2 else "right"}
+        {"text": f"{SENTENCES[n % 4]} {n}", "more": f"note {n * 31}", "side": "left" if n % 4 < 1 else "right"}
         for n in range(90)
     ]
     (workspace.root / "labelled.jsonl").write_text("\n".join(map(json.dumps, texts)))

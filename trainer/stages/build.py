@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.config.files import RunFiles
 from trainer.config.resolve import Arithmetic, Device, Precision, deepspeed_config
 from trainer.config.schema import RunConfig
+from trainer.data.labelled import LabelledSamples
 from trainer.data.prepared import Prepared
 from trainer.data.stream import evaluation_batches
 from trainer.engine.injection import Injector
@@ -86,7 +87,7 @@ def build_engine(
         kept=prepared.kept,
     )
     penalty = _make_penalty(config)
-    own = make_objective(config.objective, classes=prepared.classes, class_counts=class_counts(prepared))
+    own = make_objective(config.objective, classes=prepared.classes, class_counts=class_counts(setting))
     moved = adversarial.wrap(mixup.wrap(own, config.objective), config.objective)
     engine = Engine(
         model,
@@ -116,14 +117,15 @@ def classes_and_padding(prepared: Prepared) -> Classes | None:
     return Classes((), prepared.pad_id)
 
 
-def class_counts(prepared: Prepared) -> Tensor | None:
-    """Training targets of each class in one epoch, [classes]; None where there are no classes."""
-    entries = [entry for entry in prepared.manifest["arrays"] if entry["split"] == "train" and entry.get("classes")]
-    if not entries:
+def class_counts(setting: Setting) -> Tensor | None:
+    """Training targets of each class, [classes], where they are asked for."""
+    config = setting.config
+    if config.objective.class_weights == "none":
         return None
-    counts = [torch.tensor(entry["classes"], dtype=torch.float64) for entry in entries]
-    passes = [prepared.weights[entry["source"]] for entry in entries]
-    return torch.stack([each * number for each, number in zip(counts, passes, strict=True)]).sum(0)
+    data = config.data
+    samples = setting.prepared.samples("train", data.sequence_length, data.boundaries)
+    assert isinstance(samples, LabelledSamples)
+    return torch.from_numpy(samples.class_counts()).double()
 
 
 def _make_penalty(config: RunConfig) -> Penalty | None:

@@ -21,7 +21,7 @@ def look(model: AnyModel, texts: Sequence[tuple[str, str]], path: Path, title: s
     """Write a page about texts.
 
     Args:
-        texts: (heading, text); a pair as both texts in a tuple has no place here: it is read as one.
+        texts: (heading, text).
 
     Raises:
         ConfigError: a kind of model whose prediction is not one number or class a text.
