@@ -279,6 +279,9 @@ def quieten() -> None:
     # DeepSpeed calls what torch 2.13 has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # what a pretrained model lacks is said by `trainer.model.build`, in one line
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def tables(result: Result, material: Material, errors: int) -> Iterator[Table]:
         table = _table("where", "true", "predicted", title="Worst errors")
         table.add_column("text", justify="left", overflow="fold")
         for error in wrong:
-            table.add_row(error["where"], str(error["truth"]), str(error["prediction"]), error["text"])
+            place = error["where"].rsplit("/", 1)[-1]
+            table.add_row(place, str(error["truth"]), str(error["prediction"]), error["text"])
         yield table
     if result.generated is not None:
         table = _table("text", "right", "generated", title="Generated, greedily")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from itertools import starmap
 from typing import Literal
 
@@ -23,6 +24,8 @@ Mode = Literal["auto", "live", "lines", "quiet"]
 # rendering takes about 10 ms of one core
 _REFRESH_SECONDS = 1.0
 _LINE_EVERY_SECONDS = 5.0
+_TOLD = ("perplexity", "accuracy", "f1_macro", "f1_micro", "f1", "exact_match", "matthews", "pearson", "mae")
+_MOST_SCORES = 4
 _FIRST_LINES = 3
 
 
@@ -76,7 +79,7 @@ class ConsoleView:
             case "rewind":
                 self._num_lines = 0
             case "evaluation":
-                shown = [f"held-out loss {record['loss']:.4f}", *starmap(_score, record.get("scores", {}).items())]
+                shown = [f"held-out loss {record['loss']:.4f}", *_scores(record.get("scores", {}))]
                 self._lines.append(Text("  ".join([*shown, f"at step {record['step']}"]), "bold"))
             case "checkpoint":
                 self._lines.append(Text(f"saved {record['name']} in {record['seconds_written']:.1f} s", "dim"))
@@ -102,6 +105,13 @@ class ConsoleView:
     def _print(self, lines: list[Text]) -> None:
         for line in lines:
             self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _scores(scores: Mapping[str, float]) -> list[str]:
+    """Those that are told first; how many more the ledger has."""
+    told = sorted(scores.items(), key=lambda item: _TOLD.index(item[0]) if item[0] in _TOLD else len(_TOLD))
+    more = len(told) - _MOST_SCORES
+    return [*starmap(_score, told[:_MOST_SCORES]), *([f"({more} more in the ledger)"] if more > 0 else [])]
 
 
 def _score(name: str, value: float) -> str:

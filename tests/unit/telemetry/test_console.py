@@ -157,6 +157,14 @@ RUN = [
 ]
 
 
+def test_of_many_scores_the_first_are_told_and_the_others_counted() -> None:
+    scores = {"accuracy": 0.5, "precision_macro": 0.25, "f1_macro": 0.75, "auc": 0.5, "matthews": 0.1, "ece": 0.2}
+    many = {**evaluation(30, 1.0), "scores": scores}
+    (line,) = [line for line in printed("lines", START, attempt(1), many).splitlines() if "held-out" in line]
+    told = "accuracy 50.0%  f1_macro 0.75  matthews 0.10  precision_macro 0.25  (2 more in the ledger)  at step 30"
+    assert line == f"held-out loss 1.0000  {told}"
+
+
 def test_lines_are_few_aligned_and_end_with_the_end() -> None:
     lines = printed("auto", *RUN).splitlines()
     steps = [line for line in lines if line.startswith("step ")]
