@@ -1,10 +1,12 @@
 """A fine-tuning run beside transformers' Trainer on the same samples, settings and ranks: score and time.
 
-    python benchmarks/finetune.py configs/finetune-topics.yaml [--runs DIR] [--seeds 1 2 3] [--write FILE] [a.b=c …]
+    python benchmarks/finetune.py configs/finetune-topics.yaml [--runs DIR] [--seeds 1 2 3] [--write FILE]
+        [--their-micro N] [a.b=c …]
 
 Ours and theirs take turns, seed by seed. Time is the median step without evaluation and saving, so that a start-up
 counts for neither; a ratio above 1 means that ours is faster. Both fill a micro-batch up to its longest text, rounded
-up to 8 tokens. Runs that are complete in DIR are not made again. Classification only.
+up to 8 tokens; theirs is as large as given, so that each has the one that suits it. Runs that are complete in DIR are
+not made again. Classification only.
 """
 
 from __future__ import annotations
@@ -39,22 +41,23 @@ def ours(config: str, runs: Path, seed: int, overrides: Sequence[str]) -> dict[s
     return {"run": str(files.root), "score": last["scores"]["accuracy"], "loss": last["loss"], "seconds": seconds}
 
 
-def theirs(run: Path, output: Path) -> dict[str, Any]:
+def theirs(run: Path, output: Path, micro: int | None) -> dict[str, Any]:
     """The same by transformers' Trainer, on as many ranks."""
     from trainer.config.load import read_run_config
 
     if not output.exists():
-        ranks = read_run_config(run).cluster.ranks_per_node
+        config = read_run_config(run)
+        ranks = config.cluster.ranks_per_node
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
-        argv += [str(Path(__file__).resolve()), "--rank-of", str(run), str(output)]
+        argv += [str(Path(__file__).resolve()), "--rank-of", str(run), str(output), str(micro or config.batch.micro)]
         subprocess.run(argv, check=True, cwd=ROOT, env=environment)
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
 
-def train_theirs(run: Path, output: Path) -> None:
+def train_theirs(run: Path, output: Path, micro: int) -> None:
     """A rank of theirs."""
     import numpy as np
     import torch
@@ -105,9 +108,9 @@ def train_theirs(run: Path, output: Path) -> None:
         output_dir=str(output.with_suffix("")),
         use_cpu=True,
         seed=config.seed,
-        per_device_train_batch_size=config.batch.micro,
-        per_device_eval_batch_size=config.batch.micro,
-        gradient_accumulation_steps=config.batch.samples // (config.batch.micro * ranks),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=config.batch.samples // (micro * ranks),
         max_steps=config.schedule.duration,
         learning_rate=config.optim.lr,
         adam_beta1=config.optim.betas[0],
@@ -147,13 +150,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--their-micro", type=int, help="samples in one forward pass of theirs; default: as ours")
     parser.add_argument("--write", type=Path)
     options = parser.parse_intermixed_args()
     runs = options.runs.absolute()
     pairs = []
     for seed in options.seeds:
         our = ours(options.config, runs, seed, options.overrides)
-        pairs.append((our, theirs(Path(our["run"]), Path(our["run"]) / "trainer.json")))
+        pairs.append((our, theirs(Path(our["run"]), Path(our["run"]) / "trainer.json", options.their_micro)))
     rows = ["|  | accuracy, mean | by seed | held-out loss | s a step |", "| --- | ---: | --- | ---: | ---: |"]
     for name, entries in (("Trimtab", [pair[0] for pair in pairs]), ("transformers' Trainer", [p[1] for p in pairs])):
         each = ", ".join(f"{entry['score']:.2%}" for entry in entries)
@@ -169,6 +173,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
-        train_theirs(Path(sys.argv[2]), Path(sys.argv[3]))
+        train_theirs(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
     else:
         main()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trainer.config.scores import SMALLER_IS_BETTER
+from trainer.config.scores import smaller_is_better
 
 
 class Evaluated(NamedTuple):
@@ -105,4 +105,4 @@ class Best:
             return False
         if best is None:
             return True
-        return value < best.value if self.score in SMALLER_IS_BETTER else value > best.value
+        return value < best.value if smaller_is_better(self.score) else value > best.value

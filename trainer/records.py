@@ -56,7 +56,7 @@ class Batch:
     batch_index: int
     epoch: int
     samples: IntArray
-    """Ids of the samples of the *global* batch, [global_batch], in the order of the data."""
+    """Ids of the samples of the *global* batch, [global_batch], in the order in which they are computed."""
     num_targets: int
     """Predicted tokens in the *global* batch: the denominator of its loss, known to every rank without a message."""
     micro_batches: tuple[dict[str, NDArray[Any]], ...]

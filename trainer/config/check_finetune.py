@@ -16,12 +16,14 @@ Rule = tuple[str, bool, str]
 """(option, whether it is idle, why)"""
 
 _CHANGES = ("delete", "swap", "mask", "typos", "synonyms")
+_FEWEST_TASKS = 2
 _MOST_SWAPPED = 0.5
 """A word that changes places with the next one takes that one's turn."""
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:
     """What contradicts what."""
+    yield from _tasks(config)
     yield from _best(config)
     yield from _augment(config)
     yield from _moved(config)
@@ -29,11 +31,30 @@ def problems(config: RunConfig) -> Iterator[Problem]:
     yield from _trained(config)
 
 
+def _tasks(config: RunConfig) -> Iterator[Problem]:
+    tasks, kind = config.objective.tasks, config.objective.kind
+    if kind != "several":
+        if tasks:
+            yield "objective.tasks", f"has no effect: objective.kind is {kind}; set it to several"
+        return
+    if len(tasks) < _FEWEST_TASKS:
+        yield "objective.tasks", "names fewer than two tasks; name each with its kind, or set that objective.kind"
+    names = [task.name for task in tasks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield f"objective.tasks.{index}.name", f"is {name!r} a second time; give each its own name"
+        if not any(source.use != "held_out" for source in config.data.sources if source.task == name):
+            yield f"objective.tasks.{index}", f"no source is to be learned from: give one `task: {name}`"
+    if config.data.tokenizer.keep != "all" or config.data.tokenizer.train is not None:
+        text = "the tasks share one tokenizer: name that of a model, and keep all of it"
+        yield "data.tokenizer", text
+
+
 def _best(config: RunConfig) -> Iterator[Problem]:
     evaluation, kind = config.evaluation, config.objective.kind
     if evaluation.best is None:
         return
-    names = names_of(kind)
+    names = names_of(config.objective)
     if evaluation.best not in names:
         near = difflib.get_close_matches(evaluation.best, names, 1)
         meant = f"; did you mean `{near[0]}`?" if near else ""
@@ -111,6 +132,7 @@ def without_effect(config: RunConfig) -> list[Rule]:
     rules: list[Rule] = [
         ("evaluation.patience", evaluation.best is None, "evaluation.best is null"),
         ("data.too_long", not alone, packed),
+        ("data.temperature", config.objective.kind != "several", f"objective.kind is {config.objective.kind}"),
         ("data.stride", config.data.too_long != "window", f"data.too_long is {config.data.too_long}"),
     ]
     if augment is not None:

@@ -40,8 +40,14 @@ def problems(config: RunConfig) -> Iterator[Problem]:
             yield path, f"must have exactly one of `stdlib`, `files` and `hub`, but has {found}"
         if source.column is not None and source.template is not None:
             yield path, "has `column` and `template`; give the one that makes the text"
-        yield from _labels(path, source, config.objective.kind)
-        yield from _answers(path, source, config.objective.kind)
+        tasks = [task.name for task in config.objective.tasks]
+        if config.objective.kind == "several" and source.task not in tasks:
+            said = "is missing" if source.task is None else f"is {source.task!r}"
+            yield f"{path}.task", f"{said}; give one of objective.tasks: {', '.join(tasks) or 'none are named'}"
+            continue
+        kind = _kind(config, source)
+        yield from _labels(path, source, kind)
+        yield from _answers(path, source, kind)
     named = [source.name for source in sources if source.name is not None]
     for name in sorted({name for name in named if named.count(name) > 1}):
         yield "data.sources", f"two sources are named {name!r}; give each its own name"
@@ -56,7 +62,15 @@ def problems(config: RunConfig) -> Iterator[Problem]:
 def without_effect(config: RunConfig) -> Iterator[Problem]:
     """Options of sources that nothing reads."""
     for index, source in enumerate(config.data.sources):
-        yield from _without_effect(f"data.sources.{index}", source, config.objective.kind)
+        yield from _without_effect(f"data.sources.{index}", source, _kind(config, source))
+        if config.objective.kind != "several" and source.task is not None:
+            yield f"data.sources.{index}.task", f"has no effect: objective.kind is {config.objective.kind}"
+
+
+def _kind(config: RunConfig, source: SourceConfig) -> str:
+    """What the texts of a source are for."""
+    kind = config.objective.kind
+    return next((task.kind for task in config.objective.tasks if task.name == source.task and kind == "several"), kind)
 
 
 def _labels(path: str, source: SourceConfig, kind: str) -> Iterator[Problem]:

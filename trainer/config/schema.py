@@ -54,6 +54,8 @@ class SourceConfig(Section):
     text."""
     classes: tuple[str, ...] = ()
     """With `label`: only records of these classes; others are left out, and counted. Empty: all."""
+    task: str | None = None
+    """Of several tasks (`objective.tasks`): the one that its labels are of."""
     use: Literal["both", "train", "held_out"] = "both"
     """`both`: `data.held_out` of the documents are kept for evaluation; `train`, `held_out`: none or all of them."""
     weight: PositiveFloat = 1.0
@@ -125,6 +127,9 @@ class DataConfig(Section):
     """Tokens that neighbouring windows share."""
     balance: Literal["none", "classes"] = "none"
     """`classes`: an epoch sees each class equally often."""
+    temperature: Annotated[float, Field(ge=1)] = 1.0
+    """Of several tasks: each fills a part of an epoch in proportion to (its samples)^(1/temperature). 1: as they are;
+    the higher, the more alike."""
     augment: AugmentConfig | None = None
     """Changes of the training texts. None: none."""
     held_out: Fraction = 0.01
@@ -180,6 +185,9 @@ class BatchConfig(Section):
     """Samples that one optimizer step consumes over all ranks (the global batch)."""
     micro: PositiveInt
     """Samples in one forward pass of one rank."""
+    alike: bool = True
+    """Of texts that are samples of their own: compute those of a batch that are alike in length together, which saves
+    padding; the batch holds the same texts either way."""
 
 
 class OptimConfig(Section):

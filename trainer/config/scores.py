@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.objective import Kind
+from trainer.config.objective import Kind, ObjectiveConfig
 
 _LIKELIHOOD = ("perplexity", "accuracy")
 _OF_CLASSES = ("precision_macro", "recall_macro", "f1_macro")
@@ -20,13 +20,21 @@ SCORES: dict[Kind, tuple[str, ...]] = {
     "question_answering": ("exact_match", "f1"),
     # texts are written by `trimtab evaluate` only
     "seq2seq": _LIKELIHOOD,
+    # of each task its own
+    "several": (),
 }
 """Beside `loss`, which every kind has."""
 
-SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "brier", "log_loss", "mse", "mae"})
+_SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "brier", "log_loss", "mse", "mae"})
 """Errors; of all others more is better."""
 
 
-def names_of(kind: Kind) -> tuple[str, ...]:
-    """What evaluations of a kind can be compared by."""
-    return ("loss", *SCORES[kind])
+def smaller_is_better(score: str) -> bool:
+    """Whether it is an error; of one of several tasks, `task/score`."""
+    return score.rpartition("/")[2] in _SMALLER_IS_BETTER
+
+
+def names_of(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """What the evaluations of an objective can be compared by."""
+    of_tasks = (f"{task.name}/{score}" for task in objective.tasks for score in SCORES[task.kind])
+    return ("loss", *SCORES[objective.kind], *of_tasks)

@@ -357,7 +357,7 @@ def trimmed(arrays: dict[str, NDArray[Any]], kind: Kind = "classification") -> d
     """
     mask = arrays["attention_mask"]
     columns = dict.fromkeys(arrays, (mask.shape[1], _columns(mask != 0)))
-    if kind == "multi_label":
+    if kind in {"multi_label", "several"}:
         # their columns are classes
         del columns["labels"]
     elif kind == "seq2seq":

@@ -66,6 +66,8 @@ def _add_classes(result: Table, report: dict[str, Any]) -> None:
             # a document may be of several
             totals = [sum(source[split]["documents"] for source in report["sources"]) for split in _SPLITS]
         for number, name in enumerate(report["classes"]):
+            if report.get("kind") == "several":
+                totals = _of_task(report, name.partition("/")[0])
             shares = (
                 f"{of[number]:,} {of[number] / max(1, total):4.0%}" for of, total in zip(counts, totals, strict=True)
             )
@@ -76,6 +78,12 @@ def _add_classes(result: Table, report: dict[str, Any]) -> None:
         result.add_row("  samples", "", "", *_numbers(report["samples"]))
     if "unreached" in report:
         result.add_row("  answers that no sample holds", "", "", *_numbers(report["unreached"]))
+
+
+def _of_task(report: dict[str, Any], task: str) -> list[int]:
+    """Documents of a task, by split."""
+    own = [source for source in report["sources"] if source["task"] == task]
+    return [sum(source[split]["documents"] for source in own) for split in _SPLITS]
 
 
 def _numbers(by_split: dict[str, int]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.objective import EACH_ALONE, ObjectiveConfig
+from trainer.data.alike import alike_together
 from trainer.data.augment import Augmentation
 from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.masking import Masking
@@ -59,6 +60,10 @@ class Reader:
         """Targets of `fetch(ids, …)`: one a text, or labels that are no −100."""
         return self._masking.num_targets(ids) if self._masking else self.samples.num_targets(ids)
 
+    def lengths(self, ids: IntArray) -> IntArray | None:
+        """Tokens of each text, [n]; None: all samples are equally long."""
+        return None if self._kind is None else self.samples.num_ordinary(ids)
+
     def micro_batch(self, arrays: dict[str, NDArray[Any]], rows: slice) -> dict[str, NDArray[Any]]:
         """The rows of the arrays that are computed together, without columns that hold nothing but padding."""
         chosen = {name: array[rows] for name, array in arrays.items()}
@@ -89,6 +94,7 @@ class Stream:
         annotate: Annotate | None = None,
         on_policy: OnPolicy | None = None,
         augment: Augmentation | None = None,
+        alike: bool = True,
     ):
         """
         Args:
@@ -100,6 +106,7 @@ class Stream:
                 micro-batches; what it returns is put beside them.
             on_policy: samples whose end the model is to write itself; None: none.
             augment: changes the samples; None: they stay as they are.
+            alike: compute texts that are alike in length together; samples of one length stay in their order.
         """
         assert batch % (micro * ranks) == 0
         assert order.sizes == samples.sizes
@@ -108,7 +115,7 @@ class Stream:
         self._batch, self._micro, self._rank, self._ranks = batch, micro, rank, ranks
         self._quarantine = quarantine or Quarantine()
         self._prefetch, self._reading, self._annotate = prefetch, reading, annotate
-        self._on_policy, self._augment = on_policy, augment
+        self._on_policy, self._augment, self._alike = on_policy, augment, alike
         self._partners = Partners(seed, batch, objective.mixup) if objective.mixup else None
         # an adversarial step from a random place begins where the sample says
         self._draws = objective.adversarial is not None and objective.adversarial.kind == "freelb"
@@ -171,13 +178,13 @@ class Stream:
     def _read(self, index: int) -> Batch:
         ids = self._order.batch(index, self._batch)
         positions = np.arange(index * self._batch, (index + 1) * self._batch)
+        computed = self._computed(index, ids)
         # [accumulation, ranks, micro]: this rank's column
-        mine = positions.reshape(-1, self._ranks, self._micro)[:, self._rank] - positions[0]
-        own = ids[mine.ravel()]
-        arrays = self._fetch(own, positions[mine.ravel()])
+        places = computed.reshape(-1, self._ranks, self._micro)[:, self._rank].ravel()
+        own = ids[places]
+        arrays = self._fetch(own, positions[places])
         if self._annotate:
             arrays |= self._annotate(own, arrays)
-        places = mine.ravel()
         if self._on_policy:
             arrays |= self._on_policy.arrays(ids, positions, places)
         if self._partners:
@@ -187,13 +194,20 @@ class Stream:
         return Batch(
             batch_index=index,
             epoch=self._order.epoch_of(int(positions[0])),
-            samples=ids,
+            samples=ids[computed],
             num_targets=self._reader.num_targets(ids),
             micro_batches=tuple(
                 self._reader.micro_batch(arrays, slice(start, start + self._micro))
-                for start in range(0, mine.size, self._micro)
+                for start in range(0, len(places), self._micro)
             ),
         )
+
+    def _computed(self, index: int, ids: IntArray) -> IntArray:
+        """Places of the batch in the order of its micro-batches, [batch]."""
+        lengths = self._reader.lengths(ids) if self._alike else None
+        if lengths is None:
+            return np.arange(self._batch)
+        return alike_together(lengths, self._micro, self._ranks, index)
 
     def _fetch(self, ids: IntArray, visits: IntArray) -> dict[str, NDArray[Any]]:
         """Arrays [n, …] of samples as they are learned from."""
@@ -274,5 +288,5 @@ def evaluation_batches(
         places = (step * ranks + rank) * micro + np.arange(micro)
         arrays = reader.fetch(chosen[np.minimum(places, total - 1)], np.zeros(micro, dtype=np.int64))
         # a label that is a number may be any number
-        arrays["labels"][places >= total] = np.nan if objective.kind == "regression" else IGNORED
+        arrays["labels"][places >= total] = np.nan if objective.kind in {"regression", "several"} else IGNORED
         yield reader.micro_batch(arrays, slice(None))

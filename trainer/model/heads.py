@@ -81,6 +81,7 @@ _FAMILIES = {
     "classification": _SEQUENCES,
     "multi_label": _SEQUENCES,
     "regression": _SEQUENCES,
+    "several": _SEQUENCES,
     "token_classification": _Family(
         AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "classifier of tokens"
     ),

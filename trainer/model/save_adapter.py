@@ -23,6 +23,7 @@ _TASKS = {
     "classification": "SEQ_CLS",
     "multi_label": "SEQ_CLS",
     "regression": "SEQ_CLS",
+    "several": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "question_answering": "QUESTION_ANS",
     "seq2seq": "SEQ_2_SEQ_LM",

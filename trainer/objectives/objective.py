@@ -9,7 +9,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig, outputs_of
+from trainer.objectives.several import Several
 from trainer.objectives.tasks import Sums, Task, balanced_weights, task_of
 from trainer.records import Classes
 from trainer.terms import Model, See, Terms
@@ -95,7 +96,7 @@ def make_objective(
         ConfigError: an option that has no meaning for the kind.
         ValueError: balanced weights without counts, or with counts of another number of classes.
     """
-    task = task_of(config)
+    task = of_kind(config, classes.names if classes else ())
     weights = None
     if config.class_weights == "balanced":
         if class_counts is None or (classes is not None and len(class_counts) != len(classes.names)):
@@ -103,6 +104,19 @@ def make_objective(
         weights = balanced_weights(class_counts)
     parts = ("z_loss",) if config.z_loss else ()
     return LogitObjective(task.sums(config, weights), parts, task, config.r_drop)
+
+
+def of_kind(config: ObjectiveConfig, names: Sequence[str] = ()) -> Task:
+    """What the kind of `config` makes of outputs and labels.
+
+    Args:
+        names: of the outputs; needed where there are several tasks.
+
+    Raises:
+        ConfigError: an option that has no meaning for the kind.
+    """
+    task = task_of(config)
+    return Several(outputs_of(config.tasks, names)) if config.kind == "several" else task
 
 
 def twice(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -197,6 +197,8 @@ _TASKS: dict[str, Task] = {
     "regression": Regression(),
     "token_classification": TokenClassification(),
     "question_answering": QuestionAnswering(),
+    # which needs to know its tasks: see trainer.objectives.several
+    "several": Task(),
 }
 
 

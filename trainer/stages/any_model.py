@@ -36,6 +36,7 @@ _CLASSES: dict[Kind, str] = {
     "classification": "AutoModelForSequenceClassification",
     "multi_label": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "several": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "question_answering": "AutoModelForQuestionAnswering",
     "seq2seq": "AutoModelForSeq2SeqLM",

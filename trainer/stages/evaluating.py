@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,7 +156,8 @@ class HeldOutMaterial:
         require_tokenizer(self._prepared, model)
         augmentation = Augmentation.open(AugmentConfig.model_validate(noise), self._prepared, seed) if noise else None
         columns = self.samples.columns if isinstance(self.samples, QuestionSamples) else None
-        return predictions(model.model, self._config.objective, self._batches(ids, augmentation, model), columns)
+        batches = self._batches(ids, augmentation, model)
+        return predictions(model.model, self._config.objective, batches, columns, names=self.names)
 
     def of_texts(self, found: Predictions) -> Predictions:
         return of_texts(found, self.samples) if isinstance(self.samples, LabelledSamples) else found
@@ -278,7 +279,7 @@ def aligned(found: Predictions, own: Sequence[str], names: Sequence[str]) -> Pre
     elif found.kind == "token_classification":
         number = {old: new for new, old in enumerate(place)}
         predicted = [[number[one] for one in text] for text in predicted]
-    return Predictions(found.kind, found.ids, predicted, found.truths)
+    return replace(found, predictions=predicted)
 
 
 def compared(first: Result, second: Result, names: Sequence[str], options: Options) -> dict[str, Comparison]:

@@ -11,7 +11,7 @@ from trainer.records import IntArray
 from trainer.scores import errors
 from trainer.scores.resampling import Comparison, flips
 from trainer.stages.evaluating import Material, Result
-from trainer.stages.held_out import MOST_CLASSES, clipped, shown
+from trainer.stages.held_out import MOST_CLASSES, badness, clipped, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +86,7 @@ def notes(result: Result) -> Iterator[str]:
 def worst(result: Result, material: Material, limit: int, *, whole: bool = False) -> list[dict[str, Any]]:
     """The most wrong texts, the worst first: where, truth, prediction, text (its beginning, or all of it)."""
     found = result.predicted
-    wrong = errors.badness(found.kind, found.predictions, found.truths, result.scores.hits.get("exact_match"))
+    wrong = badness(found, result.scores)
     chosen = errors.worst(wrong, limit)
     truths, predictions = shown(found, material.names)
     ids = found.ids[chosen]

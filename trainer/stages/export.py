@@ -18,12 +18,15 @@ from trainer.config.files import RunFiles
 from trainer.config.load import read_run_config
 from trainer.config.schema import RunConfig
 from trainer.data.prepared import Prepared
+from trainer.data.several import SeveralPrepared
 from trainer.errors import CheckpointError, ConfigError, ExitCode, TrimtabError
 from trainer.model.freezing import is_partly_frozen
 from trainer.model.save import save_model
 from trainer.stages.prepare import open_run
 from trainer.starts import read_starts
 
+TASKS = "tasks"
+"""Folder of an export: of several tasks, each as a model of its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +55,8 @@ def export_run(
     ema: bool = True,
 ) -> Exported:
     """Write the weights of a committed checkpoint, or of the average of several, one parameter at a time; where some
-    weights were not trained, the whole model is in memory. Adapters are added to the weights that they lie beside.
+    weights were not trained, the whole model is in memory. Adapters are added to the weights that they lie beside. Of
+    several tasks each is a model of its own in the folder TASKS beside the whole.
 
     Args:
         checkpoint: its name; None: where evaluations were compared (`evaluation.best`) the best, else the newest of the
@@ -105,6 +109,11 @@ def export_run(
         classes=prepared.classes,
         kept=prepared.kept,
     )
+    if isinstance(prepared, SeveralPrepared):
+        from trainer.model.save_task import save_task
+
+        for task in prepared.outputs:
+            save_task(output, output / TASKS / task.name, task)
     return Exported(chosen, dtype)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from trainer.data.labelled import LabelledSamples
 from trainer.data.questions import QuestionSamples
 from trainer.data.samples import Samples
 from trainer.engine.zero import Engine
-from trainer.records import Evaluation, IntArray
-from trainer.scores import errors
+from trainer.records import Evaluation, FloatArray, IntArray
+from trainer.scores import errors, several
 from trainer.scores.classes import THRESHOLD
 from trainer.scores.scores import Scores
 from trainer.stages.build import held_out_batches
@@ -63,7 +63,9 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
         ranks=ranks.world_size,
         max_samples=setting.config.evaluation.max_samples,
     )
-    keeper = Keeper(objective, ids, samples.columns if isinstance(samples, QuestionSamples) else None)
+    classes = setting.prepared.classes
+    names = classes.names if classes is not None else ()
+    keeper = Keeper(objective, ids, samples.columns if isinstance(samples, QuestionSamples) else None, names)
     with keeper.watching(engine.module):
         found = engine.evaluate(keeper.seen(batches), lambda: setting.stop.requested)
     if found is None:
@@ -72,8 +74,6 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
     box: list[dict[str, float]] = [{}]
     closely: dict[str, Any] | None = None
     if predicted is not None:
-        classes = setting.prepared.classes
-        names = classes.names if classes is not None else ()
         if not predicted.finite:
             say("warning", f"at step {step} the model predicts numbers that are not finite: there are no scores")
         else:
@@ -95,7 +95,7 @@ def evaluate_held_out(setting: Setting, engine: Engine, micro: int, step: int, s
 
 def look_closely(predicted: Predictions, scores: Scores, names: Sequence[str], samples: Samples) -> dict[str, Any]:
     """The confusion of at most MOST_CLASSES classes, and the worst errors with their texts: plain JSON."""
-    wrong = errors.badness(predicted.kind, predicted.predictions, predicted.truths, scores.hits.get("exact_match"))
+    wrong = badness(predicted, scores)
     rows = errors.worst(wrong, _ERRORS)
     truths, predictions = shown(predicted, names)
     ids = predicted.ids[rows]
@@ -112,6 +112,16 @@ def look_closely(predicted: Predictions, scores: Scores, names: Sequence[str], s
     }
     if scores.confusion is not None and len(names) <= MOST_CLASSES:
         result |= {"classes": list(names), "confusion": scores.confusion.tolist()}
+    return result
+
+
+def badness(predicted: Predictions, scores: Scores) -> FloatArray:
+    """How wrong each prediction is, [texts]; 0: it is right."""
+    if predicted.kind != "several":
+        return errors.badness(predicted.kind, predicted.predictions, predicted.truths, scores.hits.get("exact_match"))
+    result = np.zeros(len(predicted.ids))
+    for own in several.parts(predicted.predictions, predicted.truths, predicted.tasks):
+        result[own.rows] = errors.badness(own.task.kind, own.predictions, own.truths)
     return result
 
 
@@ -176,5 +186,22 @@ def shown(predicted: Predictions, names: Sequence[str]) -> tuple[list[Any], list
             return first, second
         case "question_answering":
             return [true[0] if true else "" for true in predicted.truths], list(predicted.predictions)
+        case "several":
+            truths: list[Any] = [None] * len(predicted.ids)
+            predictions: list[Any] = [None] * len(predicted.ids)
+            for own in several.parts(predicted.predictions, predicted.truths, predicted.tasks):
+                of_task = Predictions(cast(Kind, own.task.kind), own.rows, own.predictions, own.truths)
+                for row, true, found in zip(own.rows.tolist(), *shown(of_task, own.task.classes), strict=True):
+                    truths[row], predictions[row] = (
+                        f"{own.task.name}: {_text(true)}",
+                        f"{own.task.name}: {_text(found)}",
+                    )
+            return truths, predictions
         case _:
             return np.asarray(predicted.truths).tolist(), np.asarray(predicted.predictions).tolist()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)

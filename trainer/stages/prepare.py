@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -25,6 +26,7 @@ from trainer.data.changes import check_unchanged
 from trainer.data.parts import Progress
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
+from trainer.data.several import SeveralPrepared, open_several, prepare_several
 from trainer.data.windows import Reading
 from trainer.errors import DataError, ExitCode, RunDirectoryError, TrimtabError
 from trainer.records import Classes, ModelFacts
@@ -37,14 +39,16 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         DataError: unusable or changed data.
         ConfigError: a model that does not fit.
     """
-    prepared = prepare(
-        config.data,
-        base=files.root,
-        tokenizer_fallback=tokenizer_reference(config),
-        trust_remote_code=config.model.trust_remote_code,
-        kind=config.objective.kind,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "base": files.root,
+        "tokenizer_fallback": tokenizer_reference(config),
+        "trust_remote_code": config.model.trust_remote_code,
+        "progress": progress,
+    }
+    if config.objective.kind == "several":
+        prepared: Prepared = prepare_several(config.data, config.objective.tasks, **options)
+    else:
+        prepared = prepare(config.data, kind=config.objective.kind, **options)
     if files.data.exists():
         began_with = json.loads(files.data.read_text())["fingerprint"]
         if warning := check_unchanged(prepared, began_with, config.data.accept_changed):
@@ -67,6 +71,7 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
         _remember(known, facts)
     note = {
         "path": str(prepared.path),
+        **({"paths": _paths(prepared)} if isinstance(prepared, SeveralPrepared) else {}),
         "fingerprint": prepared.fingerprint,
         "report": prepared.report_at(config.data.sequence_length),
         "described": described,
@@ -74,6 +79,11 @@ def prepare_run(files: RunFiles, config: RunConfig, progress: Progress | None = 
     write_whole(files.data, json.dumps(note, indent=1))
     write_whole(files.model, facts_to_json(facts))
     return prepared, facts
+
+
+def _paths(prepared: SeveralPrepared) -> dict[str, str]:
+    """Folder of each task's data."""
+    return {name: str(part.path) for name, part in prepared.parts.items()}
 
 
 def _check_teacher(config: RunConfig, prepared: Prepared) -> None:
@@ -161,9 +171,13 @@ def open_run(files: RunFiles, config: RunConfig) -> tuple[Prepared, ModelFacts]:
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{files.root} is not prepared ({error}); run `trimtab prepare {files.root}`") from None
     path = Path(note["path"])
-    if not path.is_dir():
-        raise DataError(f"the prepared data {path} is gone; run `trimtab prepare {files.root}`")
-    prepared = Prepared.open(path, [source.weight for source in config.data.sources], Reading.of(config.data))
+    for folder in map(Path, note.get("paths", {"": path}).values()):
+        if not folder.is_dir():
+            raise DataError(f"the prepared data {folder} is gone; run `trimtab prepare {files.root}`")
+    if config.objective.kind == "several":
+        prepared: Prepared = open_several(config.data, config.objective.tasks, note["paths"])
+    else:
+        prepared = Prepared.open(path, [source.weight for source in config.data.sources], Reading.of(config.data))
     if prepared.fingerprint != note["fingerprint"] and not config.data.accept_changed:
         raise DataError(
             f"the prepared data {path} is not what {files.root} began with; restore it, or set data.accept_changed=true"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,20 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.config.objective import Kind, ObjectiveConfig
+from trainer.config.objective import Kind, ObjectiveConfig, Outputs, outputs_of
 from trainer.data.labelled import LabelledSamples
 from trainer.data.questions import QuestionSamples
-from trainer.objectives.tasks import Task, task_of
-from trainer.records import IntArray
+from trainer.objectives.objective import of_kind
+from trainer.objectives.tasks import Task
+from trainer.records import FloatArray, IntArray
 from trainer.scores.answers import best_tokens
 from trainer.scores.classes import sigmoid, softmax
 from trainer.scores.score import score
 from trainer.scores.scores import Scores
+from trainer.scores.several import several
 
 SCORED: frozenset[Kind] = frozenset(
-    {"classification", "multi_label", "regression", "token_classification", "question_answering"}
+    {"classification", "multi_label", "regression", "token_classification", "question_answering", "several"}
 )
 """Kinds whose scores need the prediction of each sample; those of the others are sums over targets."""
 EMPTY = -1
@@ -52,6 +54,8 @@ class Predictions:
     predictions: Any
     """An array [samples, …], or a list of one entry a sample."""
     truths: Any
+    tasks: tuple[Outputs, ...] = ()
+    """Of several."""
 
     @property
     def finite(self) -> bool:
@@ -66,6 +70,8 @@ class Predictions:
         Raises:
             ValueError: there is no sample, or a prediction is no number.
         """
+        if self.kind == "several":
+            return several(self.predictions, self.truths, self.tasks, score)
         return score(self.kind, self.predictions, self.truths, names)
 
 
@@ -87,11 +93,18 @@ class Keeper:
         objective: its kind says what a prediction is.
         ids: of the samples of each batch, in the order of the batches.
         columns: of questions: (ids [n]) → where the text of each window stands, [n, 2].
+        names: of the classes.
     """
 
-    def __init__(self, objective: ObjectiveConfig, ids: Iterable[IntArray], columns: Columns | None = None):
+    def __init__(
+        self,
+        objective: ObjectiveConfig,
+        ids: Iterable[IntArray],
+        columns: Columns | None = None,
+        names: Sequence[str] = (),
+    ):
         self._kind = objective.kind
-        self._task: Task = task_of(ObjectiveConfig(kind=objective.kind))
+        self._task, self._tasks = _task_and_tasks(objective, names)
         self._ids = iter(ids)
         self._columns = columns
         self._waiting: deque[Arrays] = deque()
@@ -123,7 +136,7 @@ class Keeper:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         found = self._task.predict(self._task.logits(outputs, tensors), tensors["labels"])
         numbers = {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
-        self._kept.append(_outcome(self._kind, *_with_columns(next(self._ids), numbers, self._columns)))
+        self._kept.append(_outcome(self._kind, *_with_columns(next(self._ids), numbers, self._columns), self._tasks))
 
 
 def predictions(
@@ -132,6 +145,7 @@ def predictions(
     batches: Iterable[tuple[IntArray, dict[str, NDArray[Any]]]],
     columns: Columns | None = None,
     alive: Callable[[], None] = lambda: None,
+    names: Sequence[str] = (),
 ) -> Predictions:
     """What a model predicts, of this process's batches.
 
@@ -140,8 +154,9 @@ def predictions(
         batches: (ids [n], arrays [n, …] as the objective's kind has them, `labels` among them).
         columns: as of :class:`Keeper`.
         alive: called with every batch.
+        names: of the classes.
     """
-    task = task_of(ObjectiveConfig(kind=objective.kind))
+    task, tasks = _task_and_tasks(objective, names)
     device = next(model.parameters()).device
     kept = []
     model.eval()
@@ -152,8 +167,14 @@ def predictions(
             outputs = model(**{name: tensor for name, tensor in tensors.items() if name != "labels"})
             found = task.predict(task.logits(outputs, tensors), tensors["labels"])
             numbers = {name: tensor.cpu().numpy() for name, tensor in found.items()}
-            kept.append(_outcome(objective.kind, *_with_columns(ids, numbers, columns)))
+            kept.append(_outcome(objective.kind, *_with_columns(ids, numbers, columns), tasks))
     return joined(objective.kind, kept)
+
+
+def _task_and_tasks(objective: ObjectiveConfig, names: Sequence[str]) -> tuple[Task, tuple[Outputs, ...]]:
+    """Of the kind alone: predictions are without what regularises."""
+    tasks = outputs_of(objective.tasks, names) if objective.kind == "several" else ()
+    return of_kind(ObjectiveConfig(kind=objective.kind, tasks=objective.tasks), names), tasks
 
 
 def _with_columns(ids: IntArray, arrays: Arrays, columns: Columns | None) -> tuple[IntArray, Arrays, IntArray | None]:
@@ -180,7 +201,7 @@ def joined(kind: Kind, parts: Sequence[Predictions]) -> Predictions:
     filled = [part for part in parts if len(part.ids)] or [parts[0]]
     ids = np.concatenate([part.ids for part in filled])
     predicted, true = ([getattr(part, name) for part in filled] for name in ("predictions", "truths"))
-    return Predictions(kind, ids, _concatenated(predicted), _concatenated(true))
+    return Predictions(kind, ids, _concatenated(predicted), _concatenated(true), parts[0].tasks)
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:
@@ -198,10 +219,12 @@ def _chosen(whole: Predictions, rows: IntArray) -> Predictions:
     def of(values: Any) -> Any:
         return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows.tolist()]
 
-    return Predictions(whole.kind, whole.ids[rows], of(whole.predictions), of(whole.truths))
+    return replace(whole, ids=whole.ids[rows], predictions=of(whole.predictions), truths=of(whole.truths))
 
 
-def _outcome(kind: Kind, ids: IntArray, arrays: Arrays, columns: IntArray | None) -> Predictions:
+def _outcome(
+    kind: Kind, ids: IntArray, arrays: Arrays, columns: IntArray | None, tasks: Sequence[Outputs] = ()
+) -> Predictions:
     """What `Task.predict` gives for a batch, without empty places; each sample on its own.
 
     Args:
@@ -216,6 +239,8 @@ def _outcome(kind: Kind, ids: IntArray, arrays: Arrays, columns: IntArray | None
             predicted, true = sigmoid(arrays["logits"]), arrays["labels"]
         case "regression":
             predicted, true = arrays["values"].astype(np.float64), arrays["labels"].astype(np.float64)
+        case "several":
+            predicted, true = _by_task(arrays["logits"], tasks), arrays["labels"]
         case "token_classification":
             rows = list(zip(arrays["predictions"], arrays["labels"], strict=True))
             predicted = [row[labels >= 0].tolist() for row, labels in rows]
@@ -227,7 +252,15 @@ def _outcome(kind: Kind, ids: IntArray, arrays: Arrays, columns: IntArray | None
             true = arrays["labels"].tolist()
         case _:
             predicted, true = arrays["loss"].astype(np.float64), arrays["num_targets"]
-    return _chosen(Predictions(kind, ids, predicted, true), np.flatnonzero(ids != EMPTY))
+    return _chosen(Predictions(kind, ids, predicted, true, tuple(tasks)), np.flatnonzero(ids != EMPTY))
+
+
+def _by_task(logits: NDArray[np.floating], tasks: Sequence[Outputs]) -> NDArray[np.float64]:
+    """Probabilities of each task's classes, and the numbers of regressions, [n, C]."""
+    scales: dict[str, Callable[[Any], FloatArray]] = {"classification": softmax, "multi_label": sigmoid}
+    return np.concatenate(
+        [scales.get(task.kind, np.float64)(logits[:, task.columns]) for task in tasks], axis=1, dtype=np.float64
+    )
 
 
 def _span(starts: NDArray[np.floating], ends: NDArray[np.floating], begin: int, end: int) -> Span:
@@ -260,12 +293,12 @@ def of_texts(found: Predictions, samples: LabelledSamples) -> Predictions:
         return whole
     if isinstance(found.predictions, np.ndarray):
         together: Any = np.stack([found.predictions[group].mean(axis=0) for group in groups])
-        return Predictions(found.kind, whole.ids, together, whole.truths)
+        return replace(whole, predictions=together)
     words, true = (
         [[word for row in group.tolist() for word in each[row]] for group in groups]
         for each in (found.predictions, found.truths)
     )
-    return Predictions(found.kind, whole.ids, words, true)
+    return replace(whole, predictions=words, truths=true)
 
 
 def _answer(found: Predictions, group: IntArray, samples: QuestionSamples, may_be_none: bool) -> str:

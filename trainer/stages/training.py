@@ -342,6 +342,7 @@ class Training:
             quarantine=self._excluded,
             prefetch=config.data.prefetch,
             reading=self.injector.reading,
+            alike=config.batch.alike,
             annotate=None if self.teacher is None else self.teacher.annotate,
             on_policy=self._on_policy(samples),
             augment=open_augmentation(

@@ -10,7 +10,7 @@ import pytest
 from trainer.config.check_finetune import problems, without_effect
 from trainer.config.objective import Kind
 from trainer.config.schema import RunConfig
-from trainer.config.scores import SCORES, SMALLER_IS_BETTER, names_of
+from trainer.config.scores import SCORES, names_of, smaller_is_better
 
 
 def config_of(**changes: Any) -> RunConfig:
@@ -30,13 +30,30 @@ def config_of(**changes: Any) -> RunConfig:
 
 def test_every_kind_has_its_scores() -> None:
     assert set(SCORES) == set(get_args(Kind))
-    assert {name for name in SMALLER_IS_BETTER if not any(name in names_of(kind) for kind in SCORES)} == set()
+
+
+def test_errors_are_better_the_smaller_they_are() -> None:
+    assert smaller_is_better("loss")
+    assert smaller_is_better("films/log_loss")
+    assert not smaller_is_better("films/f1_macro")
+
+
+def several(*names: str) -> dict[str, Any]:
+    """Tasks, each with a source of its own."""
+    sources = tuple({"name": name, "files": (f"{name}.jsonl",), "label": "label", "task": name} for name in names)
+    tasks = tuple(
+        {"name": name, "kind": kind} for name, kind in zip(names, ("classification", "regression"), strict=True)
+    )
+    return {"data": {"sources": sources}, "objective": {"kind": "several", "tasks": tasks}}
 
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_names_are_those_that_evaluations_give(kind: Any) -> None:
-    for name in names_of(kind):
-        config = config_of(objective={"kind": kind}, evaluation={"best": name, "patience": 3})
+    base = several("films", "stars") if kind == "several" else {"objective": {"kind": kind}}
+    names = names_of(config_of(**base).objective)
+    assert kind != "several" or {"films/accuracy", "stars/pearson"} < set(names)
+    for name in names:
+        config = config_of(**base, evaluation={"best": name, "patience": 3})
         assert [*problems(config)] == []
 
 
@@ -136,4 +153,4 @@ def test_what_fits_is_allowed(tmp_path: Path) -> None:
         assert [*problems(config_of(objective={"kind": kind}, data={"augment": augment}))] == []
     assert [*problems(config_of())] == []
     idle = {path for path, is_idle, _ in without_effect(config_of(data={"augment": {"mask": 0.1}})) if is_idle}
-    assert idle == {"evaluation.patience", "data.augment.lexicon", "data.stride"}
+    assert idle == {"evaluation.patience", "data.augment.lexicon", "data.stride", "data.temperature"}

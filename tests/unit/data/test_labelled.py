@@ -337,7 +337,7 @@ def test_micro_batches_end_with_their_longest_sample(run: Any, tmp_path: Path) -
 
     def stream(rank: int, ranks: int, micro: int) -> Stream:
         return Stream(samples, order, batch=8, micro=micro, rank=rank, ranks=ranks, objective=CLASSIFICATION, seed=3,
-                      prefetch=0, annotate=annotate)  # fmt: skip
+                      prefetch=0, annotate=annotate, alike=False)  # fmt: skip
 
     for ranks, micro in ((1, 8), (2, 2), (4, 1)):
         seen = []

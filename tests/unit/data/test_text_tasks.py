@@ -156,7 +156,7 @@ def test_balance_shows_each_class_equally_often(prepare_rows: Any, word_pieces: 
 
     def labels(ranks: int, micro: int) -> list[int]:
         streams = [Stream(samples, order, batch=8, micro=micro, rank=rank, ranks=ranks, objective=objective, seed=5,
-                          prefetch=0) for rank in range(ranks)]  # fmt: skip
+                          prefetch=0, alike=False) for rank in range(ranks)]  # fmt: skip
         batches = [stream.read(7).micro_batches for stream in streams]
         return [label for step in zip(*batches, strict=True) for arrays in step for label in arrays["labels"].tolist()]
 

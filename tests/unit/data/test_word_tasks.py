@@ -357,7 +357,8 @@ def test_sources_and_targets(prepare_rows: Any, word_pieces: Path) -> None:
             assert samples.num_targets(np.array([sample])) == len(target)
     order = Order(1, samples.sizes, samples.weights)
     objective = ObjectiveConfig(kind="seq2seq")
-    batch = Stream(samples, order, batch=4, micro=2, rank=0, ranks=1, objective=objective, seed=1, prefetch=0).read(1)
+    options = {"batch": 4, "micro": 2, "rank": 0, "ranks": 1, "prefetch": 0, "alike": False}
+    batch = Stream(samples, order, objective=objective, seed=1, **options).read(1)
     whole = samples.fetch(order.batch(1, 4))
     assert batch.num_targets == (whole["labels"] >= 0).sum()
     for number, arrays in enumerate(batch.micro_batches):

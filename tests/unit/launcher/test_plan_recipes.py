@@ -20,6 +20,7 @@ RECIPES = {
     "continue-pretrained": (0, 1, LAPTOP, 2, 2, "cpu"),
     "finetune-sentiment": (22, 23, LAPTOP, 2, 1, "cpu"),
     "finetune-tags": (22, 23, LAPTOP, 2, 1, "cpu"),
+    "finetune-several": (22, 23, LAPTOP, 2, 1, "cpu"),
     "finetune-topics": (22, 23, LAPTOP, 2, 1, "cpu"),
     "instruct-smollm2": (4, 6, LAPTOP, 2, 2, "cpu"),
     "translate-en-it": (5, 11, LAPTOP, 2, 1, "cpu"),
