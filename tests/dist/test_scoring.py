@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pool import RankPool
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective import ObjectiveConfig, TaskConfig
 
 VOCABULARY, LENGTH, CLASSES = 61, 16, 3
 NAMES = {
@@ -19,7 +19,13 @@ NAMES = {
     "token_classification": ("O", "B-X", "I-X"),
     "question_answering": (),
     "causal": (),
+    "several": ("films/a", "films/b", "films/c", "tags/x", "tags/y", "stars/value"),
 }
+TASKS = (
+    TaskConfig(name="films", kind="classification"),
+    TaskConfig(name="tags", kind="multi_label"),
+    TaskConfig(name="stars", kind="regression"),
+)
 
 
 def model_of(kind: str) -> Any:
@@ -38,7 +44,7 @@ def model_of(kind: str) -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
-        num_labels=1 if kind == "regression" else CLASSES,
+        num_labels={"regression": 1, "several": len(NAMES["several"])}.get(kind, CLASSES),
         is_decoder=kind == "causal",
         initializer_range=0.5,
     )
@@ -66,6 +72,15 @@ def sample(kind: str, number: int) -> tuple[np.ndarray, Any]:
             label = generator.integers(0, 2, CLASSES).astype(np.float32)
         case "regression":
             label = np.float32(generator.normal())
+        case "several":
+            label = np.full(len(NAMES[kind]), np.nan, dtype=np.float32)
+            task = number * 7 % 4
+            if task == 0:
+                label[5] = generator.normal()
+            elif task == 1:
+                label[3:5] = generator.integers(0, 2, 2)
+            else:
+                label[:3] = np.eye(3)[generator.integers(0, 3)]
         case "question_answering":
             label = np.sort(generator.integers(0, length, 2))
         case _:
@@ -89,7 +104,7 @@ def micro_batches(
         for row, (text, _) in enumerate(rows):
             tokens[row, : len(text)], mask[row, : len(text)] = text, 1
         labels = np.stack([label for _, label in rows])
-        labels[ids == EMPTY] = np.nan if kind == "regression" else -100
+        labels[ids == EMPTY] = np.nan if kind in ("regression", "several") else -100
         yield ids, trimmed({"input_ids": tokens, "attention_mask": mask, "labels": labels}, kind)  # type: ignore[arg-type]
 
 
@@ -104,10 +119,12 @@ def scored(rank: int, world_size: int, kind: str, num_samples: int, micro: int, 
     from trainer.stages.scoring import _sorted as in_order
 
     place = (0, 1) if alone else (rank, world_size)
-    objective, model = ObjectiveConfig(kind=kind), model_of(kind)  # type: ignore[arg-type]
+    tasks = TASKS if kind == "several" else ()
+    objective, model = ObjectiveConfig(kind=kind, tasks=tasks), model_of(kind)  # type: ignore[arg-type]
     columns = text_columns if kind == "question_answering" else None
-    own = predictions(model, objective, micro_batches(kind, num_samples, micro, *place), columns)
-    keeper = Keeper(objective, (ids for ids, _ in micro_batches(kind, num_samples, micro, *place)), columns)
+    own = predictions(model, objective, micro_batches(kind, num_samples, micro, *place), columns, names=NAMES[kind])
+    ids = (ids for ids, _ in micro_batches(kind, num_samples, micro, *place))
+    keeper = Keeper(objective, ids, columns, NAMES[kind])
     arrays = (arrays for _, arrays in micro_batches(kind, num_samples, micro, *place))
     with keeper.watching(model):
         for each in keeper.seen(arrays):
@@ -131,10 +148,22 @@ def test_two_ranks_as_one(two_ranks: RankPool, kind: str) -> None:
     compare(two_ranks, kind, 23, 4)
 
 
+@pytest.mark.parametrize("kind", ["classification", "several"])
 @pytest.mark.parametrize(("num_samples", "micro"), [(23, 2), (3, 1), (2, 4), (24, 2), (17, 3)])
-def test_four_ranks_as_one(four_ranks: RankPool, num_samples: int, micro: int) -> None:
+def test_four_ranks_as_one(four_ranks: RankPool, num_samples: int, micro: int, kind: str) -> None:
     """Also where a rank has no sample at all."""
-    compare(four_ranks, "classification", num_samples, micro)
+    compare(four_ranks, kind, num_samples, micro)
+
+
+def test_each_task_is_scored_over_its_own_texts(two_ranks: RankPool) -> None:
+    _, predictions, truths, scores = two_ranks(scored, kind="several", num_samples=23, micro=4, alone=False)[0]
+    np.testing.assert_allclose(predictions[:, :3].sum(axis=1), 1, rtol=1e-6)
+    films = ~np.isnan(truths[:, 0])
+    right = predictions[films, :3].argmax(axis=1) == truths[films, :3].argmax(axis=1)
+    assert scores["films/accuracy"] == right.mean()
+    stars = ~np.isnan(truths[:, 5])
+    assert scores["stars/mae"] == pytest.approx(np.abs(predictions[stars, 5] - truths[stars, 5]).mean())
+    assert {name.split("/")[0] for name in scores} == {"films", "tags", "stars"}
 
 
 def compare(pool: RankPool, kind: str, num_samples: int, micro: int) -> None:

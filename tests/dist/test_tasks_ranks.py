@@ -31,6 +31,13 @@ BERT |= {
 }
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA |= {"intermediate_size": 24}
+SEVERAL_TASKS = (
+    {"name": "films", "kind": "classification", "weight": 0.5},
+    {"name": "tags", "kind": "multi_label", "weight": 2.0},
+    {"name": "stars", "kind": "regression"},
+)
+SEVERAL_NAMES = ("films/a", "films/b", "films/c", "tags/x", "tags/y", "stars/value")
+SEVERAL_COLUMNS = {"films": slice(0, 3), "tags": slice(3, 5), "stars": slice(5, 6)}
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "classification": (BERT, {"label_smoothing": EPSILON, "class_weights": "balanced"}),
@@ -40,6 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "question_answering": (BERT, {}),
     "causal": (LLAMA, {"label_smoothing": EPSILON, "z_loss": Z_LOSS}),
     "seq2seq": (T5, {"label_smoothing": EPSILON}),
+    "several": (BERT, {"label_smoothing": EPSILON, "tasks": SEVERAL_TASKS}),
 }
 
 
@@ -85,8 +93,24 @@ def samples_of(kind: str, number: int, batch_index: int) -> list[dict[str, Any]]
             case "seq2seq":
                 sample["labels"] = generator.integers(2, VOCABULARY, 1 + length // 2)
                 sample["decoder_input_ids"] = np.concatenate([[0], sample["labels"][:-1]])
+            case "several":
+                sample["labels"] = labels_of_several(place, generator)
         samples.append(sample)
     return samples
+
+
+def labels_of_several(place: int, generator: np.random.Generator) -> np.ndarray:
+    """No text of the first half of a batch, all that a rank holds without accumulation, is of `stars`."""
+    labels = np.full(len(SEVERAL_NAMES), np.nan, dtype=np.float32)
+    task = ("films", "tags", "films", "films", "stars", "tags", "stars", "films")[place]
+    match task:
+        case "films":
+            labels[SEVERAL_COLUMNS[task]] = np.eye(3)[generator.integers(0, 3)]
+        case "tags":
+            labels[SEVERAL_COLUMNS[task]] = generator.integers(0, 2, 2)
+        case _:
+            labels[SEVERAL_COLUMNS[task]] = generator.normal()
+    return labels
 
 
 def padded(kind: str, samples: list[dict[str, Any] | None]) -> dict[str, np.ndarray]:
@@ -96,7 +120,8 @@ def padded(kind: str, samples: list[dict[str, Any] | None]) -> dict[str, np.ndar
     columns = {
         name: max(len(sample[name]) for sample in filled)
         for name in filled[0]
-        if (np.ndim(filled[0][name]) == 1 and kind not in ("multi_label", "question_answering")) or name == "input_ids"
+        if (np.ndim(filled[0][name]) == 1 and kind not in ("multi_label", "question_answering", "several"))
+        or name == "input_ids"
     }
     arrays: dict[str, np.ndarray] = {}
     for name in filled[0]:
@@ -111,7 +136,7 @@ def padded(kind: str, samples: list[dict[str, Any] | None]) -> dict[str, np.ndar
     arrays["attention_mask"] = (np.arange(columns["input_ids"]) < lengths[:, None]).astype(np.int64)
     for row, sample in enumerate(samples):
         if sample is None:
-            arrays["labels"][row] = np.nan if kind == "regression" else -100
+            arrays["labels"][row] = np.nan if kind in ("regression", "several") else -100
     return arrays
 
 
@@ -140,6 +165,8 @@ def held_out(config: RunConfig, rank: int, world_size: int) -> list[dict[str, np
 
 
 def classes_of(config: RunConfig) -> Classes | None:
+    if config.objective.kind == "several":
+        return Classes(SEVERAL_NAMES, 0)
     names = (
         ("a", "b", "c") if config.objective.kind in ("classification", "multi_label", "token_classification") else ()
     )
@@ -159,7 +186,7 @@ def make(rank: int, world_size: int, config: RunConfig) -> Engine:
     return Engine(
         model,
         build_optimizer(parameter_groups(model, config), config, "cpu"),
-        make_objective(config.objective, class_counts=COUNTS),
+        make_objective(config.objective, classes=classes_of(config), class_counts=COUNTS),
         config=config,
         numbers=arithmetic(config, world_size),
         parameters=parameter_facts(model),
@@ -215,6 +242,8 @@ def loss_of(kind: str, outputs: Any, labels: Tensor, *, trained: bool) -> tuple[
     logits = outputs.logits[0]
     if kind == "regression":
         return (logits[0] - labels.double()).square(), none
+    if kind == "several":
+        return loss_of_several(logits, labels.double(), smoothing), none
     if kind == "multi_label":
         wanted = labels.double() * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, wanted), none
@@ -225,6 +254,18 @@ def loss_of(kind: str, outputs: Any, labels: Tensor, *, trained: bool) -> tuple[
         losses = losses * (COUNTS.sum() / (NUM_CLASSES * COUNTS.double()))[labels]
     squared = Z_LOSS * logits.logsumexp(-1).square().sum() if trained and kind == "causal" else none
     return losses.sum(), squared
+
+
+def loss_of_several(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Of one text, by the columns that have labels."""
+    (task,) = (task for task in SEVERAL_TASKS if not labels[SEVERAL_COLUMNS[task["name"]]].isnan().any())
+    x, y = logits[SEVERAL_COLUMNS[task["name"]]], labels[SEVERAL_COLUMNS[task["name"]]]
+    losses = {
+        "classification": lambda: F.cross_entropy(x, y.argmax(), label_smoothing=smoothing),
+        "multi_label": lambda: F.binary_cross_entropy_with_logits(x, y * (1 - smoothing) + smoothing / 2),
+        "regression": lambda: (x - y).square().sum(),
+    }
+    return task.get("weight", 1.0) * losses[task["kind"]]()
 
 
 def outputs_of(model: torch.nn.Module, sample: dict[str, Any]) -> Any:

@@ -45,6 +45,7 @@ class SeveralSamples(LabelledSamples):
         self.sources = tuple(source for samples in parts for source in samples.sources)
         self.sizes = tuple(size for samples in parts for size in samples.sizes)
         self._weights = _weights(parts, temperature)
+        self._has_types = any(samples._types is not None for samples in parts)
         self._sizes_of = np.array([len(samples) for samples in parts])
         self._sources_before = np.cumsum([0, *(len(samples.sources) for samples in parts)])
 
@@ -91,6 +92,9 @@ class SeveralSamples(LabelledSamples):
             for name, array in arrays.items():
                 whole = result.setdefault(name, np.zeros((len(ids), *array.shape[1:]), dtype=array.dtype))
                 whole[rows] = array
+        if self._has_types:
+            # whatever texts there are: a sample and its partner of another task have the same arrays
+            result.setdefault("token_type_ids", np.zeros_like(result["input_ids"]))
         return {**result, "labels": labels}
 
     def describe(self, sample: int) -> list[tuple[str, str, str]]:
@@ -103,6 +107,9 @@ class SeveralSamples(LabelledSamples):
 
 def _weights(parts: Sequence[LabelledSamples], temperature: float) -> tuple[float, ...]:
     """Passes over each source of each task in an epoch."""
+    if temperature == 1:
+        # to the last digit as they are: half a pass over an odd number of texts is rounded
+        return tuple(weight for part in parts for weight in part.weights)
     masses = [sum(size * weight for size, weight in zip(part.sizes, part.weights, strict=True)) for part in parts]
     shares = np.array([mass ** (1 / temperature) for mass in masses])
     factors = shares / shares.sum() * sum(masses) / np.array(masses)

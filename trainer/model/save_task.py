@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trainer.config.objective import Outputs
+from trainer.model.quiet import without_bars
 
 _PROBLEMS: dict[str, Literal["single_label_classification", "multi_label_classification", "regression"]] = {
     "classification": "single_label_classification",
@@ -28,6 +29,14 @@ def save_task(export: Path, output: Path, task: Outputs) -> None:
         output: directory; made here.
         task: whose outputs are kept.
     """
+    with without_bars():
+        _save_weights(export, output, task)
+    for path in export.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copy(path, output)
+
+
+def _save_weights(export: Path, output: Path, task: Outputs) -> None:
     whole = AutoModelForSequenceClassification.from_pretrained(export, dtype="auto")
     config = AutoConfig.from_pretrained(export)
     names = task.classes if task.kind != "regression" else ("LABEL_0",)
@@ -44,6 +53,3 @@ def save_task(export: Path, output: Path, task: Outputs) -> None:
     model.load_state_dict(kept)
     output.mkdir(parents=True)
     model.save_pretrained(output)
-    for path in export.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
-            shutil.copy(path, output)

@@ -28,6 +28,7 @@ from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.model.configuration import first_line, pretrained_reference
 from trainer.model.heads import auto_class
+from trainer.model.quiet import without_bars
 
 Take = Callable[[str, Tensor], None]
 """Given the name of a parameter or buffer in the model, and its value on the CPU. The value goes when it returns."""
@@ -94,16 +95,13 @@ def _one_at_a_time(take: Take) -> Iterator[None]:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     # what is missing is told by who takes
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    shows_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         core_model_loading.set_param_for_module = place
         library.safe_open = open_file
         transformers_logging.set_verbosity(verbosity)
-        if shows_bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if before is None:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:

@@ -260,6 +260,11 @@ def require_fit(material: Material, model: AnyModel) -> None:
     """
     if model.kind != material.kind:
         raise ConfigError([("", f"{model.path} is a {model.kind} model, and the data is for {material.kind}")])
+    if material.kind == "several" and tuple(material.names) != tuple(model.names):
+        # where a task's outputs stand is part of what they mean
+        raise ConfigError(
+            [("", f"{model.path} has other tasks or classes than the data, or has them in another order")]
+        )
     if not material.names or set(material.names) == set(model.names):
         return
     unknown = sorted(set(material.names) - set(model.names)) or sorted(set(model.names) - set(material.names))
@@ -293,9 +298,12 @@ def compared(first: Result, second: Result, names: Sequence[str], options: Optio
         raise ConfigError([("", f"{first.title} and {second.title} were not given the same texts")])
     common: dict[str, Any] = {"seed": options.seed, "resamples": options.resamples}
     found = compare(
-        lambda predicted, true: score(one.kind, predicted, true, names), one.predictions, other.predictions, one.truths,
+        lambda predicted, true: replace(one, predictions=predicted, truths=true).scores(names),
+        one.predictions,
+        other.predictions,
+        one.truths,
         **common,
-    )  # fmt: skip
+    )
     if first.written and second.written and first.generated and second.generated:
         texts = first.generated.texts, second.generated.texts, first.generated.truths
         found |= compare(lambda predicted, true: score("generation", predicted, true), *texts, **common)

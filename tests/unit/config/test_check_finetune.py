@@ -57,6 +57,16 @@ def test_names_are_those_that_evaluations_give(kind: Any) -> None:
         assert [*problems(config)] == []
 
 
+def several_with(tasks: tuple[dict[str, Any], ...] | None = None, **data: Any) -> dict[str, Any]:
+    """Two tasks with a source each, and what is wrong with them."""
+    base = several("films", "stars")
+    if tasks is not None:
+        base["objective"]["tasks"] = tasks
+    return {**base, "data": {**base["data"], **data}}
+
+
+FILMS, STARS = {"name": "films", "kind": "classification"}, {"name": "stars", "kind": "regression"}
+LEARNED, KEPT_BACK = ({"files": ("a.jsonl",), "label": "label", "use": use} for use in ("train", "held_out"))
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "no such score": (
         {"evaluation": {"best": "f1-macro"}},
@@ -125,6 +135,62 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "model.lora",
         "set model.pretrained",
     ),
+    "tasks of one kind": (
+        {"objective": {"tasks": (FILMS, STARS)}},
+        "objective.tasks",
+        "^has no effect: objective.kind is classification; set it to several$",
+    ),
+    "one task": (
+        several_with((FILMS,), sources=(LEARNED | {"task": "films"},)),
+        "objective.tasks",
+        "^names fewer than two tasks; name each with its kind, or set that objective.kind$",
+    ),
+    "a task twice": (
+        several_with((FILMS, STARS, FILMS)),
+        "objective.tasks.2.name",
+        "^is 'films' a second time; give each its own name$",
+    ),
+    "a task without a source": (
+        several_with((FILMS, STARS, {"name": "tags", "kind": "multi_label"})),
+        "objective.tasks.2",
+        "^no source is to be learned from: give one `task: tags`$",
+    ),
+    "a task that is only held out": (
+        several_with(sources=(LEARNED | {"task": "films"}, KEPT_BACK | {"task": "stars"})),
+        "objective.tasks.1",
+        "^no source is to be learned from: give one `task: stars`$",
+    ),
+    "a tokenizer of each task": (
+        several_with(tokenizer={"path": "/words", "keep": "used"}),
+        "data.tokenizer",
+        "^the tasks share one tokenizer: name that of a model, and keep all of it$",
+    ),
+    "a tokenizer that is trained": (
+        several_with(tokenizer={"train": {"vocabulary": 300}}),
+        "data.tokenizer",
+        "^the tasks share one tokenizer: name that of a model, and keep all of it$",
+    ),
+    "a score of no task": (
+        several_with() | {"evaluation": {"best": "film/f1_macro"}},
+        "evaluation.best",
+        "'film/f1_macro', which objective.kind several does not have: loss, films/accuracy.*`films/f1_macro`",
+    ),
+    "a score without its task": (
+        several_with() | {"evaluation": {"best": "accuracy"}},
+        "evaluation.best",
+        "'accuracy', which objective.kind several does not have",
+    ),
+    "several agree": (
+        {**several_with(), "objective": {**several_with()["objective"], "r_drop": 1.0}},
+        "objective.r_drop",
+        "has no meaning where objective.kind is several",
+    ),
+    "several weighed by class": (
+        {**several_with(), "objective": {**several_with()["objective"], "class_weights": "balanced"}},
+        "objective.class_weights",
+        "has no meaning where objective.kind is several",
+    ),
+    "several balanced": (several_with(balance="classes"), "data.balance", "objective.kind is several"),
     "nothing changed": ({"data": {"augment": {}}}, "data.augment", "changes nothing"),
     "all swapped": ({"data": {"augment": {"swap": 0.6}}}, "data.augment.swap", "at most 0.5"),
     "no lexicon": ({"data": {"augment": {"synonyms": 0.1}}}, "data.augment.lexicon", "is missing"),
@@ -152,5 +218,8 @@ def test_what_fits_is_allowed(tmp_path: Path) -> None:
     for kind in ("classification", "multi_label", "regression"):
         assert [*problems(config_of(objective={"kind": kind}, data={"augment": augment}))] == []
     assert [*problems(config_of())] == []
+    assert [*problems(config_of(**several_with(too_long="window", augment={"mask": 0.1})))] == []
+    idle = {path for path, is_idle, _ in without_effect(config_of(**several_with())) if is_idle}
+    assert "data.temperature" not in idle
     idle = {path for path, is_idle, _ in without_effect(config_of(data={"augment": {"mask": 0.1}})) if is_idle}
     assert idle == {"evaluation.patience", "data.augment.lexicon", "data.stride", "data.temperature"}
