@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from trainer.config.objective import ObjectiveConfig, TaskConfig
 from trainer.config.schema import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from trainer.data.labelled import LabelledSamples
+from trainer.data.labelled import LabelledSamples, trimmed
 from trainer.data.order import Order
 from trainer.data.prepare import prepare
 from trainer.data.report import table
@@ -285,6 +285,15 @@ def test_a_partner_may_be_of_another_task(make: Any) -> None:
             assert len({arrays[name].shape for name in arrays if "labels" not in name and name != SHARE}) == 1
             mixed += bool((np.isnan(arrays["labels"]) != np.isnan(arrays[PARTNER + "labels"])).any())
     assert mixed > 10
+
+
+def test_as_many_outputs_as_columns_are_not_cut() -> None:
+    arrays = {"input_ids": np.ones((2, 16), np.int64), "attention_mask": np.ones((2, 16), np.int64)}
+    arrays["attention_mask"][:, 5:] = 0
+    found = trimmed({**arrays, "labels": np.zeros((2, 16), np.float32)}, "several")
+    assert {name: array.shape for name, array in found.items()} == {
+        "input_ids": (2, 8), "attention_mask": (2, 8), "labels": (2, 16),
+    }  # fmt: skip
 
 
 def test_the_report_adds_up(make: Any) -> None:
