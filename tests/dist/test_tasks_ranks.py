@@ -276,8 +276,17 @@ def outputs_of(model: torch.nn.Module, sample: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", CASES)
 def test_two_ranks_equal_a_dense_reference(two_ranks: RankPool, kind: str, stage: int, accumulation: int) -> None:
-    config = config_of(kind, stage, accumulation)
-    results = two_ranks(work, config=config)
+    assert_equal_a_dense_reference(two_ranks, config_of(kind, stage, accumulation))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_four_ranks_of_which_each_lacks_a_task(four_ranks: RankPool, stage: int) -> None:
+    assert_equal_a_dense_reference(four_ranks, config_of("several", stage, 2))
+
+
+def assert_equal_a_dense_reference(pool: RankPool, config: RunConfig) -> None:
+    kind = config.objective.kind
+    results = pool(work, config=config)
     model = alone(config)
     for name, parameter in model.named_parameters():
         np.testing.assert_array_equal(results[0]["weights"][name], parameter.detach().float().numpy())
@@ -306,7 +315,7 @@ def test_two_ranks_equal_a_dense_reference(two_ranks: RankPool, kind: str, stage
         np.testing.assert_allclose(result["samples"], [each.item() for each, _ in found] / counts, rtol=2e-5)
         assert result["evaluation"].num_targets == targets
         assert result["evaluation"].loss == pytest.approx(sum(plain).item() / targets, rel=1e-5)
-    assert results[0]["evaluation"] == results[1]["evaluation"]
+    assert all(result["evaluation"] == results[0]["evaluation"] for result in results)
 
 
 def divergence(kind: str, first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
