@@ -142,6 +142,10 @@ def _check_seq2seq(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
+SEVERAL = "several_tasks"
+"""In the configuration of a model whose outputs are of several tasks, which transformers has no word for."""
+
+
 def head_of(model: PreTrainedConfig) -> str | None:
     """The kind of objective that the head of a configuration's weights was trained on; None: of a language model, or
     no head."""
@@ -149,6 +153,8 @@ def head_of(model: PreTrainedConfig) -> str | None:
     kind = next((kind for kind, end in _ENDS.items() if any(name.endswith(end) for name in names)), None)
     if kind != "classification":
         return kind
+    if getattr(model, SEVERAL, False):
+        return "several"
     default = "regression" if model.num_labels == 1 else "classification"
     return next((kind for kind, problem in _PROBLEMS.items() if problem == model.problem_type), default)
 
@@ -167,6 +173,9 @@ def is_another_head(own: PreTrainedConfig, model: PreTrainedConfig, kind: str) -
     Heads of different tasks may bear the same names and shapes, and would be loaded for one another.
     """
     head = head_of(own)
+    if head == kind == "several" and own.id2label != model.id2label:
+        # other tasks, or in another order
+        return True
     return head is not None and (head != kind or own.num_labels != model.num_labels)
 
 
@@ -193,6 +202,10 @@ def set_head(config: RunConfig, model: PreTrainedConfig, classes: Classes | None
         _set_start(config, model)
     elif classes is not None or kind != "classification":
         model.problem_type = _PROBLEMS.get(kind)
+    if kind == "several":
+        setattr(model, SEVERAL, True)
+    elif hasattr(model, SEVERAL):
+        delattr(model, SEVERAL)
 
 
 def _name_classes(config: RunConfig, model: PreTrainedConfig, classes: Classes) -> None:

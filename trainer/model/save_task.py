@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trainer.config.objective import Outputs
+from trainer.model.heads import SEVERAL
 from trainer.model.quiet import without_bars
 
 _PROBLEMS: dict[str, Literal["single_label_classification", "multi_label_classification", "regression"]] = {
@@ -43,6 +44,8 @@ def _save_weights(export: Path, output: Path, task: Outputs) -> None:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     config.problem_type = _PROBLEMS[task.kind]
+    if hasattr(config, SEVERAL):
+        delattr(config, SEVERAL)
     model = type(whole)(config).to(whole.dtype)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # what has a row for each output is of another size, and nothing else

@@ -128,6 +128,32 @@ def test_a_pipeline_names_the_classes_of_the_task(task: Outputs, tmp_path: Path,
     assert found == {name: pytest.approx(value, abs=1e-5) for name, value in zip(names, expected.tolist(), strict=True)}
 
 
+def test_a_run_goes_on_from_what_another_has_exported(tmp_path: Path, tokenizer_path: Path, caplog: Any) -> None:
+    """The whole for the same tasks, one task for that task; outputs that mean something else are drawn anew."""
+    model = export("bert", tmp_path / "export", tokenizer_path)
+    save_task(tmp_path / "export", tmp_path / "films", OUTPUTS[0])
+
+    def built(folder: str, names: tuple[str, ...], kind: str = "several") -> Any:
+        tasks = TASKS if kind == "several" else ()
+        config = run_config(pretrained=str(tmp_path / folder), seed=4).model_copy(
+            update={"objective": ObjectiveConfig(kind=kind, tasks=tasks)}  # type: ignore[arg-type]
+        )
+        classes = Classes(names, 1)
+        return build_model(config, vocabulary=VOCABULARY, zero3=None, dtype=torch.float32, classes=classes)
+
+    weight = model.classifier.weight
+    with caplog.at_level("WARNING"):
+        assert torch.equal(built("export", CLASSES.names).classifier.weight, weight)
+        assert torch.equal(built("films", OUTPUTS[0].classes, "classification").classifier.weight, weight[:3])
+    assert not caplog.records
+    others = (*CLASSES.names[3:], *CLASSES.names[:3])
+    for found in (built("export", others), built("export", tuple("abcdef"), "classification")):
+        assert not torch.equal(found.classifier.weight, weight)
+        assert torch.equal(found.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    assert caplog.text.count("drawn anew: classifier.bias, classifier.weight") == 2
+    assert not hasattr(built("films", OUTPUTS[0].classes, "classification").config, "several_tasks")
+
+
 def test_no_bars_are_shown(tmp_path: Path, tokenizer_path: Path, capfd: Any) -> None:
     export("bert", tmp_path / "export", tokenizer_path)
     logging.enable_progress_bar()  # type: ignore[no-untyped-call]
