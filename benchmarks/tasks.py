@@ -79,7 +79,7 @@ def sentiment_zh(options: Any) -> list[str]:
     config = "pipelines/sentiment-zh/classify"
     ours = each_seed(config, options, f"model.pretrained={pretrained / 'export'}", called="sentiment-zh")
     tokenizer = f"data.tokenizer.path={pretrained / 'export'}"
-    none = ("model.pretrained=null", f"model.config={plain}", tokenizer)
+    none = ("stage=pretrain", "model.pretrained=null", f"model.config={plain}", tokenizer)
     scratch = each_seed(config, options, *none, called="sentiment-zh-scratch")
     rows = {"pretrained on the reviews": [found for _, found in ours], "from nothing": [found for _, found in scratch]}
     return [

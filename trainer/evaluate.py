@@ -101,8 +101,9 @@ def _report(
             console.print(table)
             written["flips"] = matrix
         if options.look is not None:
-            _look(options, models[0].load(device), found[0], material)
-            console.print(f"  looked into: {options.look}")
+            board = RunFiles(models[0].root).tensorboard if models[0].run is not None else None
+            _look(options, models[0].load(device), found[0], material, board)
+            console.print(f"  looked into: {options.look}" + (f", and in {board}" if board else ""))
         if options.json is not None:
             options.json.write_text(json.dumps(without_nan(written), indent=1, ensure_ascii=False), encoding="utf-8")
     if options.lm_eval and how.rank == 0:
@@ -110,15 +111,15 @@ def _report(
     return ExitCode.COMPLETED
 
 
-def _look(options: argparse.Namespace, model: AnyModel, result: Any, material: Material) -> None:
-    """A page about the worst errors of the first model, and the texts that are given."""
+def _look(options: argparse.Namespace, model: AnyModel, result: Any, material: Material, board: Path | None) -> None:
+    """A page about the worst errors of the first model, and the texts that are given; of a run in TensorBoard too."""
     from trainer.stages.evaluation_tables import worst
     from trainer.stages.looking import look
 
     given = [(f"given: {text}", text) for text in options.sentence]
     wrong = worst(result, material, options.errors, whole=True)
     known = [(f"{one['where']}: is {one['truth']}, predicted {one['prediction']}", one["text"]) for one in wrong]
-    look(model, [*given, *known], options.look, f"Inside {result.title}")
+    look(model, [*given, *known], options.look, f"Inside {result.title}", board)
 
 
 def _of(difference: Any) -> dict[str, Any]:
@@ -166,6 +167,10 @@ def _material(options: argparse.Namespace, first: _Model, model: AnyModel, tempo
         raise DataError(f"{model.path} is a {model.kind} model: say with --label which column holds what it should say")
     columns = Columns(options.text, options.label, options.second)
     examples = read_examples(options.data, model.kind, columns, model.names)
+    if model.kind == "causal" and options.label is not None:
+        from trainer.data.chat import Chat
+
+        examples.chat = Chat(model.tokenizer, model.tokenizer.eos_token or "")
     return FileMaterial(examples)
 
 

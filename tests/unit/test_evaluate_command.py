@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from trainer.errors import DataError
 from trainer.evaluate import main, parse_noise
+from trainer.stages.any_model import AnyModel
+from trainer.stages.looking import look
 
 TEXT = "the film is a very good long bad dull story of two rivers and one house"
 WORDS = TEXT.split()
@@ -195,6 +199,42 @@ def test_generated_texts(tmp_path: Path, model: str) -> None:
     assert any(note.startswith("bleu: nrefs:1") for note in found["notes"])
 
 
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} [SEP]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_language_model_is_asked_as_it_has_learned(tmp_path: Path, template: str | None) -> None:
+    folder = save(tmp_path / "model", "LlamaForCausalLM")
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    words.chat_template = template
+    words.save_pretrained(folder)
+    rows = [{"text": "is it good", "answer": "a very long story"}, {"text": "who", "answer": "two"}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    (found,) = evaluated(tmp_path, folder, "--data", data, "--label=answer", "--tokens=5", "--batch=2")["models"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    total, targets, written = 0.0, 0, []
+    for row in rows:
+        begins, ends = (
+            (f"{row['text']}\n", "") if template is None else (f"[user] {row['text']} [SEP][assistant]", "[SEP]")
+        )
+        asked, right = (
+            words(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            for text in (begins, f"{row['answer']} {ends}")
+        )
+        whole = torch.cat([asked, right], dim=1)
+        with torch.no_grad():
+            logits = model(whole).logits[0, asked.shape[1] - 1 : -1].double()
+            out = model.generate(asked, max_new_tokens=5, do_sample=False)
+        total += float(torch.nn.functional.cross_entropy(logits, right[0], reduction="sum"))
+        targets += right.shape[1]
+        written.append(words.decode(out[0, asked.shape[1] :], skip_special_tokens=True).strip())
+    assert found["scores"]["loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert found["generated"] == written
+
+
 def test_a_page_about_the_worst_errors_and_a_given_text(tmp_path: Path) -> None:
     model, data, page = classifier(tmp_path / "model"), write(tmp_path / "rows.jsonl", reviews()), tmp_path / "in.html"
     options = ("--label=label", "--errors=2", f"--look={page}", "--sentence=a <b>good</b> house")
@@ -213,6 +253,21 @@ def test_a_look_inside_is_refused_where_there_is_nothing_to_see(
     data = write(tmp_path / "rows.jsonl", reviews(3))
     model = classifier(tmp_path / "model")
     assert "add --look FILE.html" in refused(capsys, model, "--data", data, "--label=label", "--sentence=x")
+
+
+def test_what_was_looked_into_is_in_tensorboard_too(tmp_path: Path) -> None:
+    model = AnyModel.load(classifier(tmp_path / "model"), None, None, "cpu")
+    for texts in (["old", "older", "oldest"], ["a good | house", "a bad film"]):
+        look(model, [(f"given: {text}", text) for text in texts], tmp_path / "in.html", "Inside", tmp_path / "board")
+    events = EventAccumulator(str(tmp_path / "board" / "inside"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert sorted(events.Tags()["images"]) == ["5 inside/1 attention", "5 inside/2 attention"]
+    assert sorted(events.Tags()["tensors"]) == ["5 inside/1", "5 inside/2"]
+    card = events.Tensors("5 inside/1")[0].tensor_proto.string_val[0].decode()
+    assert card.startswith("**given: a good \\| house**")
+    rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    # in its note stands what all of them add together
+    (said,) = re.findall(r"the tokens add ([+-][0-9.]+)", card)
+    assert sum(float(row[1]) for row in rows) == pytest.approx(float(said), abs=1e-3)
 
 
 def test_what_a_model_should_say_is_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,15 @@ class Chat:
         messages = [{"role": "user", "content": prompt}, {"role": _ASSISTANT, "content": answer}]
         return self.conversation(messages, where)
 
+    def question(self, prompt: str, where: str) -> str:
+        """One question as text, up to where the answer begins.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        return self._render(messages, True, where) if self._tokenizer else self._joined(messages)[0]
+
     def conversation(self, messages: Any, where: str) -> tuple[str, tuple[Span, ...]]:
         """A list of `{role, content}` as text, and where in it the answers are.
 

@@ -7,10 +7,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.records import FloatArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -36,6 +40,7 @@ What all tokens add together is the output less that of a text without content.<
 """
 _MOST_SHOWN = 48
 """Tokens of a text whose attention is drawn."""
+DPI = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +72,17 @@ def _shown(text: Inside) -> dict[str, object]:
             hue = "31, 119, 180" if value > 0 else "214, 39, 40"
             colour = f"rgba({hue}, {abs(value) / largest * 0.7:.3f})"
             tokens.append({"text": token, "colour": colour, "title": f"{value:+.4f}"})
-    picture = None if text.attention is None else _picture(text.attention)
+    picture = None if text.attention is None else _inline(attention_figure(text.attention))
     return {"heading": text.heading, "tokens": tokens, "note": text.note, "picture": picture}
 
 
-def _picture(attention: FloatArray) -> str:
+def attention_figure(attention: FloatArray) -> Figure:
+    """[layers, heads, tokens, tokens] as a picture each, of the first tokens."""
     from matplotlib.figure import Figure
 
     layers, heads, length, _ = attention.shape
     shown = min(length, _MOST_SHOWN)
-    figure = Figure(figsize=(1.4 * heads + 0.6, 1.4 * layers + 0.6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(1.4 * heads + 0.6, 1.4 * layers + 0.6), dpi=DPI, layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False)
     for layer in range(layers):
         for head in range(heads):
@@ -90,6 +96,10 @@ def _picture(attention: FloatArray) -> str:
                 axes.set_ylabel(f"layer {layer}", fontsize=7)
     if shown < length:
         figure.suptitle(f"the first {shown} of {length} tokens", fontsize=8)
+    return figure
+
+
+def _inline(figure: Figure) -> str:
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return base64.b64encode(target.getvalue()).decode()

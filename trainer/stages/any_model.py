@@ -141,7 +141,7 @@ class AnyModel:
             chosen = [number for number in group.tolist() if number != EMPTY]
             if not chosen:
                 continue
-            texts = [examples.examples[number].text for number in chosen]
+            texts = [examples.asked(number) for number in chosen]
             if change is not None:
                 texts = [change(text, number) for text, number in zip(texts, chosen, strict=True)]
             room = self.length - tokens if self.kind == "causal" else self.length
@@ -150,6 +150,8 @@ class AnyModel:
                 padding=len(texts) > 1,
                 truncation=True,
                 max_length=max(8, room),
+                # a conversation spells them itself
+                add_special_tokens=examples.chat is None,
                 return_tensors="pt",
             ).to(self.device)
             inputs.pop("token_type_ids", None)

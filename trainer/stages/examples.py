@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.objective import Kind
+from trainer.data.chat import Chat
 from trainer.data.formats import read_records
 from trainer.data.samples import IGNORED
 from trainer.errors import DataError
@@ -53,12 +54,14 @@ class Examples:
 
     Attributes:
         counts: of what was met and dealt with, by what was done.
+        chat: of a causal model that is asked for answers: puts both together as it learned them.
     """
 
     kind: Kind
     names: tuple[str, ...]
     examples: list[Example]
     counts: Counter[str] = field(default_factory=Counter)
+    chat: Chat | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -85,6 +88,28 @@ class Examples:
             seconds = [one.second for one in rows] if rows[0].second is not None else None
             yield ids, self._arrays(texts, seconds, rows, ids, tokenizer, length, count=change is None)
 
+    def asked(self, number: int) -> str:
+        """What a model is given to go on from."""
+        one = self.examples[number]
+        return one.text if self.chat is None else self.chat.question(one.text, one.where)
+
+    def _answers(self, rows: Sequence[Example], tokenizer: Any, length: int) -> dict[str, NDArray[Any]]:
+        """Questions with their answers, which alone are targets: the label of a place is the token that follows it."""
+        assert self.chat is not None
+        ids, labels = [], []
+        for one in rows:
+            text, ((begin, end, _),) = self.chat.turn(one.text, one.truth, one.where)
+            found = tokenizer(
+                text, add_special_tokens=False, truncation=True, max_length=length, return_offsets_mapping=True
+            )
+            ids.append(found["input_ids"])
+            places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+            own = [token if begin <= first < end else IGNORED for token, (first, _) in places]
+            labels.append([*own[1:], IGNORED])
+        mask = _padded([[1] * len(row) for row in ids], 0)
+        padded = _padded(ids, tokenizer.pad_token_id or 0)
+        return {"input_ids": padded, "attention_mask": mask, "labels": _padded(labels, IGNORED)}
+
     def _arrays(
         self,
         texts: list[Any],
@@ -96,6 +121,8 @@ class Examples:
         *,
         count: bool,
     ) -> dict[str, NDArray[Any]]:
+        if self.chat is not None:
+            return self._answers(rows, tokenizer, length)
         words = self.kind == "token_classification"
         options = {"truncation": True, "max_length": length, "is_split_into_words": words}
         found = tokenizer(texts, seconds, return_overflowing_tokens=False, **options)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,22 +16,60 @@ from trainer.config.objective import TEXTS
 from trainer.errors import ConfigError
 from trainer.insight.attention import attention_maps
 from trainer.insight.saliency import Saliency, integrated_gradients
-from trainer.report.inside import Inside, write_page
+from trainer.report.inside import DPI, Inside, attention_figure, write_page
 from trainer.stages.any_model import AnyModel
+from trainer.telemetry.events import EventFile
+from trainer.telemetry.heatmap import to_picture
+from trainer.telemetry.tensorboard import plain
+
+BOARD = "inside"
+"""Folder of what was looked into, beside the other event files of a run."""
+_KINDS = tuple(kind for kind in TEXTS if kind != "several")
+_BAR = 20
+"""Characters of the longest bar."""
 
 
-def look(model: AnyModel, texts: Sequence[tuple[str, str]], path: Path, title: str) -> None:
+def look(
+    model: AnyModel, texts: Sequence[tuple[str, str]], path: Path, title: str, tensorboard: Path | None = None
+) -> None:
     """Write a page about texts.
 
     Args:
         texts: (heading, text).
+        tensorboard: folder of a run's event files, to which the same is added; None: none.
 
     Raises:
         ConfigError: a kind of model whose prediction is not one number or class a text.
     """
-    if model.kind not in TEXTS:
-        raise ConfigError([("", f"--look is for models of whole texts ({', '.join(TEXTS)}), not {model.kind}")])
-    write_page(path, title, [_inside(model, heading, text) for heading, text in texts])
+    if model.kind not in _KINDS:
+        each = "; of several tasks look into one: EXPORT/tasks/NAME" if model.kind == "several" else ""
+        raise ConfigError([("", f"--look is for models of whole texts ({', '.join(_KINDS)}), not {model.kind}{each}")])
+    found = [_inside(model, heading, text) for heading, text in texts]
+    write_page(path, title, found)
+    if tensorboard is not None:
+        _add_to_board(tensorboard / BOARD, found)
+
+
+def _add_to_board(folder: Path, texts: Sequence[Inside]) -> None:
+    """A card and a picture of each text; those of an earlier look go."""
+    shutil.rmtree(folder, ignore_errors=True)
+    events, now = EventFile(folder), time.time()
+    for number, text in enumerate(texts, 1):
+        events.text(f"5 inside/{number}", _card(text), 0, now)
+        if text.attention is not None:
+            events.image(f"5 inside/{number} attention", to_picture(attention_figure(text.attention), DPI), 0, now)
+    events.close()
+
+
+def _card(text: Inside) -> str:
+    """Markdown: a row a token, with what it adds."""
+    lines = [f"**{plain(text.heading)}**", "", text.note]
+    if text.saliency is not None:
+        largest = max(float(np.abs(text.saliency).max()), 1e-12)
+        lines += ["", "| token | adds |  |", "| --- | ---: | --- |"]
+        for token, value in zip(text.tokens, text.saliency.tolist(), strict=True):
+            lines.append(f"| {plain(token)} | {value:+.4f} | {'█' * round(abs(value) / largest * _BAR)} |")
+    return "\n".join(lines)
 
 
 def _inside(model: AnyModel, heading: str, text: str) -> Inside:
