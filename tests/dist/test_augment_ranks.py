@@ -77,6 +77,8 @@ def stream_of(data: DataConfig, rank: int, ranks: int, micro: int, next_batch: i
         seed=SEED,
         next_batch=next_batch,
         augment=Augmentation.open(data.augment, prepared, SEED) if on else None,
+        # in the order of the data, whatever the number of ranks
+        alike=False,
     )
 
 

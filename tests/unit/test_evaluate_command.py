@@ -199,6 +199,23 @@ def test_generated_texts(tmp_path: Path, model: str) -> None:
     assert any(note.startswith("bleu: nrefs:1") for note in found["notes"])
 
 
+@pytest.mark.parametrize("role", ["eos_token", "sep_token"])
+def test_a_text_to_be_written_ends_once(tmp_path: Path, role: str) -> None:
+    folder = save(tmp_path / "model", "BartForConditionalGeneration")
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    # which the tokenizer puts behind a text itself, or does not
+    words.eos_token = "[SEP]" if role == "sep_token" else "[MASK]"
+    words.save_pretrained(folder)
+    model = AnyModel.load(folder, None, 6, "cpu")
+    end = model.tokenizer.eos_token_id
+    found = model._targets(["a good film", "it is a very long story of two rivers"])
+    for row in found:
+        tokens = row[row >= 0]
+        assert tokens[-1] == end
+        assert (tokens == end).sum() == 1
+        assert len(tokens) <= 6
+
+
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }} [SEP]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,7 @@ class AnyModel:
                 rows = [examples.examples[number if number != EMPTY else -1] for number in ids.tolist()]
                 options = {"truncation": True, "max_length": self.length, "padding": True, "return_tensors": "np"}
                 inputs = self.tokenizer([one.text for one in rows], **options)
-                targets = self.tokenizer(text_target=[one.truth for one in rows], **options)
-                labels = np.where(targets["attention_mask"] > 0, targets["input_ids"], -100).astype(np.int64)
+                labels = self._targets([one.truth for one in rows])
                 shifted = self.model.prepare_decoder_input_ids_from_labels(torch.from_numpy(labels).to(self.device))
                 yield (
                     ids,
@@ -182,6 +181,19 @@ class AnyModel:
                 )
 
         return predictions(self.model, ObjectiveConfig(kind="seq2seq"), arrays())
+
+    def _targets(self, texts: Sequence[str]) -> NDArray[Any]:
+        """Tokens of texts that are to be written, and that they end, [n, L]; −100 behind them."""
+        end = self.tokenizer.eos_token_id
+        rows = []
+        for ids in self.tokenizer(text_target=list(texts), truncation=True, max_length=self.length)["input_ids"]:
+            # who writes must be able to end, whether or not the tokenizer says so
+            missing = end is not None and ids[-1:] != [end]
+            rows.append([*ids[: self.length - missing], end] if missing else ids)
+        labels = np.full((len(rows), max(map(len, rows))), -100, dtype=np.int64)
+        for row, ids in enumerate(rows):
+            labels[row, : len(ids)] = ids
+        return labels
 
     @torch.no_grad()
     def _answer(self, examples: Examples, batches: Iterator[IntArray]) -> Predictions:

@@ -20,6 +20,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.prepared import Prepared
 from trainer.data.several import SeveralPrepared
 from trainer.errors import CheckpointError, ConfigError, ExitCode, TrimtabError
+from trainer.model.build import meta_model
 from trainer.model.freezing import is_partly_frozen
 from trainer.model.save import save_model
 from trainer.stages.prepare import open_run
@@ -84,7 +85,7 @@ def export_run(
         raise CheckpointError("the average of adapters is not that of the models they make; export one checkpoint")
     else:
         tensors = averaged_parameters(directories)
-    if is_partly_frozen(config):
+    if is_partly_frozen(config) or _is_fixed_in_part(config, prepared):
         # peft and what builds models take seconds to import, which other exports need not wait for
         from trainer.model.adapters import merged
         from trainer.stages.trained import trained_model
@@ -115,6 +116,12 @@ def export_run(
         for task in prepared.outputs:
             save_task(output, output / TASKS / task.name, task)
     return Exported(chosen, dtype)
+
+
+def _is_fixed_in_part(config: RunConfig, prepared: Prepared) -> bool:
+    """Whether the architecture itself has weights that are not trained, as the positions of Marian."""
+    model = meta_model(config, prepared.vocabulary, prepared.classes, prepared.kept)
+    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _check_adapter(config: RunConfig, prepared: Prepared) -> None:
