@@ -32,6 +32,8 @@ class Classes:
     """In the order of their numbers in `labels`."""
     pad_id: int
     """Token behind a text that is shorter than others of its micro-batch."""
+    rates: tuple[float, ...] = ()
+    """Where a text may be of several: the share of the training texts that are of each (add-one smoothing)."""
 
 
 PARTNER = "partner_"

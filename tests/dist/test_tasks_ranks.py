@@ -170,7 +170,8 @@ def classes_of(config: RunConfig) -> Classes | None:
     names = (
         ("a", "b", "c") if config.objective.kind in ("classification", "multi_label", "token_classification") else ()
     )
-    return None if config.objective.kind == "causal" else Classes(names, 0)
+    rates = (0.1, 0.4, 0.7) if config.objective.kind == "multi_label" else ()
+    return None if config.objective.kind == "causal" else Classes(names, 0, rates)
 
 
 def make(rank: int, world_size: int, config: RunConfig) -> Engine:

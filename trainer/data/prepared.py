@@ -130,7 +130,13 @@ class Prepared:
         """Of labelled documents, without names where there are none to tell apart; None: packed, or seq2seq."""
         if self._frame is None or self.kind == "seq2seq":
             return None
-        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id)
+        names = tuple(self._manifest["classes"])
+        return Classes(names, self._frame.pad_id, self._rates() if self.kind == "multi_label" else ())
+
+    def _rates(self) -> tuple[float, ...]:
+        counts = [entry["classes"] for entry in self._manifest["arrays"] if entry["split"] == "train"]
+        texts = self.total("documents", "train")
+        return tuple((sum(of_class) + 1) / (texts + 2) for of_class in zip(*counts, strict=True))
 
     @property
     def pad_id(self) -> int | None:

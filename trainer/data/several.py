@@ -143,7 +143,13 @@ class SeveralPrepared(Prepared):
     @property
     def classes(self) -> Classes | None:
         assert self._frame is not None
-        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id)
+        # an output that is no yes or no begins at 0, which is a rate of one half
+        rates = [0.5] * len(self._manifest["classes"])
+        for outputs in self.outputs:
+            own = self.parts[outputs.name].classes
+            if own is not None and own.rates:
+                rates[outputs.columns] = own.rates
+        return Classes(tuple(self._manifest["classes"]), self._frame.pad_id, tuple(rates))
 
     def total(self, what: str, split: Split) -> int:
         return sum(part.total(what, split) for part in self.parts.values())

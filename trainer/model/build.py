@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from trainer.model.configuration import (
 )
 from trainer.model.freezing import choose_trained
 from trainer.model.heads import auto_class
-from trainer.model.initialise import initialise
+from trainer.model.initialise import begin_at_rates, initialise, output_bias
 from trainer.model.layers import check_places, kept_layers, layers_path, renaming
 from trainer.model.projections import attach_projections
 from trainer.model.tensors import read_tensors
@@ -66,12 +66,13 @@ def build_model(
     """
     model_config = model_configuration(config, vocabulary, classes, kept)
     check_positions(config, model_config)
+    rates = classes.rates if classes else ()
     if config.model.pretrained is None:
-        model = _from_scratch(config, model_config, zero3, dtype)
+        model = _from_scratch(config, model_config, zero3, dtype, rates)
     elif zero3 is not None and config.model.pretrained.endswith(".gguf"):
-        model = _from_gguf_sharded(config, model_config, zero3, dtype)
+        model = _from_gguf_sharded(config, model_config, zero3, dtype, rates)
     else:
-        model = _from_pretrained(config, model_config, zero3, dtype, kept)
+        model = _from_pretrained(config, model_config, zero3, dtype, kept, rates)
     attach_projections(model, config, zero3=zero3, dtype=dtype)
     choose_trained(model, config, zero3=zero3, dtype=dtype)
     _adapt_positions(model, config)
@@ -150,7 +151,11 @@ def position_offset(model: PreTrainedModel) -> int:
 
 
 def _from_scratch(
-    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any] | None, dtype: torch.dtype
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    zero3: dict[str, Any] | None,
+    dtype: torch.dtype,
+    rates: Sequence[float],
 ) -> PreTrainedModel:
     model = _without_values(config, model_config, zero3, dtype)
     embedding = model.get_input_embeddings()
@@ -159,6 +164,8 @@ def _from_scratch(
         # are written from in T5.
         embedding.padding_idx = None
     initialise(model, config.seed, scale_residual=config.model.initialisation == "residual-scaled")
+    if rates:
+        begin_at_rates(model, rates)
     model.tie_weights()
     for module in model.modules():
         # an encoder and a decoder look up the same weights, each in a module of its own
@@ -187,7 +194,11 @@ def _without_values(
 
 
 def _from_gguf_sharded(
-    config: RunConfig, model_config: PreTrainedConfig, zero3: dict[str, Any], dtype: torch.dtype
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    zero3: dict[str, Any],
+    dtype: torch.dtype,
+    rates: Sequence[float],
 ) -> PreTrainedModel:
     """Rank 0 reads the file and deals out the shards: transformers would dequantise the whole model on every rank."""
     import deepspeed
@@ -197,7 +208,7 @@ def _from_gguf_sharded(
     failure: list[str | None] = [None]
     if is_first:
         try:
-            source = _from_pretrained(config, model_config, None, dtype).state_dict()
+            source = _from_pretrained(config, model_config, None, dtype, rates=rates).state_dict()
         except ConfigError as error:
             failure[0] = error.problems[0][1]
     torch.distributed.broadcast_object_list(failure, src=0)
@@ -219,6 +230,7 @@ def _from_pretrained(
     zero3: dict[str, Any] | None,
     dtype: torch.dtype,
     kept: IntArray | None = None,
+    rates: Sequence[float] = (),
 ) -> PreTrainedModel:
     name, arguments = pretrained_reference(config.model)
     if "gguf_file" in arguments:
@@ -250,6 +262,8 @@ def _from_pretrained(
     ):
         if report.get(names):
             logger.warning("weights that %s %s: %s", config.model.pretrained, what, ", ".join(sorted(report[names])))
+    if rates and output_bias(model) in report["missing_keys"]:
+        begin_at_rates(model, rates)
     if getattr(model, "hf_quantizer", None) is not None:
         # a dequantised model cannot be saved while it is called quantised
         model.hf_quantizer.remove_quantization_config(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -86,6 +86,37 @@ def initialise(model: PreTrainedModel, seed: int, *, scale_residual: bool = Fals
                 )
             ]
         )
+
+
+def output_bias(model: PreTrainedModel) -> str | None:
+    """Name of what a classifier adds to its logits [classes]; None: nothing."""
+    body = f"{model.base_model_prefix}."
+    names = [
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(body)
+        and module.out_features == model.config.num_labels
+        and module.bias is not None
+    ]
+    return names[-1] if names else None
+
+
+@torch.no_grad()
+def begin_at_rates(model: PreTrainedModel, rates: Sequence[float]) -> None:
+    """Let a classifier of yes or no begin with what it knows of no text: a bias of log p/(1−p) for each class.
+
+    Otherwise the weights of rare classes all learn to say no at first, and the features with them (focal loss, §3.3,
+    https://arxiv.org/abs/1708.02002). A classifier without a bias is left alone.
+
+    Args:
+        rates: p, the share of the texts that are of each class, [classes], each in (0, 1).
+    """
+    name = output_bias(model)
+    if name is not None:
+        bias = model.get_parameter(name)
+        with gathered([bias]):
+            bias.copy_(torch.tensor([math.log(rate / (1 - rate)) for rate in rates]))
 
 
 _Rule = tuple[str, nn.Module, PreTrainedModel]

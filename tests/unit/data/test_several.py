@@ -116,6 +116,10 @@ def test_labels_stand_in_the_columns_of_their_task(make: Any, split: Any) -> Non
     assert prepared.kind == "several"
     assert prepared.classes is not None
     assert prepared.classes.names == NAMES
+    tags = prepared.parts["tags"].classes
+    assert tags is not None
+    assert len(tags.rates) == 3
+    assert prepared.classes.rates == (0.5, 0.5, *tags.rates, 0.5)
     assert [(task.name, task.columns, task.classes, task.weight) for task in prepared.outputs] == [
         ("films", slice(0, 2), ("bad", "good"), 1.0),
         ("tags", slice(2, 5), ("a", "b", "c"), 0.5),

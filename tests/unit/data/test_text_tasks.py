@@ -65,6 +65,7 @@ def test_several_labels(prepare_rows: Any, word_pieces: Path, written: str) -> N
     p = (train + 1) / (n + 2)
     expected = -(held_out * np.log(p) + (m - held_out) * np.log(1 - p)).sum() / m / 3
     assert prepared.report["class_entropy"] == pytest.approx(expected)
+    assert prepared.classes.rates == pytest.approx(tuple(p))
     assert labels_entropy(train, held_out, n, 0) is None
     shown = io.StringIO()
     Console(file=shown, width=150).print(table(prepared.report_at(16)))

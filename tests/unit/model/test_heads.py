@@ -241,6 +241,36 @@ def test_a_model_without_padding_gets_some_and_says_so(tmp_path: Path, caplog: A
         assert sorted(each["score"] for each in found) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
 
 
+RATES = (0.25, 0.5, 0.01)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+def test_a_new_classifier_of_many_labels_begins_at_their_frequencies(name: str, tmp_path: Path) -> None:
+    build(run_config(name, kind="regression")).save_pretrained(tmp_path / "numbers")
+    classes = Classes(CLASSES["multi_label"].names, PAD, RATES)
+    for config in (
+        run_config(name, kind="multi_label"),
+        run_config(pretrained=str(tmp_path / "numbers"), kind="multi_label"),
+    ):
+        plain, model = build(config).state_dict(), build(config, classes)
+        bias = {"bert": "classifier.bias", "roberta": "classifier.out_proj.bias", "llama": None}[name]
+        for key, value in model.state_dict().items():
+            if key == bias:
+                torch.testing.assert_close(value.sigmoid(), torch.tensor(RATES))
+                assert not plain[key].any()
+            else:
+                assert torch.equal(value, plain[key]), key
+
+
+def test_a_classifier_that_has_learned_keeps_its_bias(tmp_path: Path) -> None:
+    names = CLASSES["multi_label"].names
+    build(run_config("bert", kind="multi_label"), Classes(names, PAD, RATES)).save_pretrained(tmp_path / "own")
+    model = build(
+        run_config(pretrained=str(tmp_path / "own"), kind="multi_label"), Classes(names, PAD, (0.5, 0.6, 0.7))
+    )
+    torch.testing.assert_close(model.classifier.bias.sigmoid(), torch.tensor(RATES))
+
+
 def test_a_head_for_another_task_is_not_taken_for_this_one(tmp_path: Path, caplog: Any) -> None:
     """Classifiers of texts and of tokens name their heads alike, and those of three classes have the same shapes."""
     texts = build(run_config("bert", kind="multi_label"))
