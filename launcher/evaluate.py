@@ -45,6 +45,9 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(min=8, metavar="N", help="Tokens of a text. Default: what the model takes.")
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens that are written at most. Default: 64.")
+    ] = None,
     errors: Annotated[int | None, typer.Option(min=0, metavar="N", help="Worst errors to show. Default: 5.")] = None,
     look: Annotated[
         Path | None,
@@ -64,6 +67,7 @@ def evaluate(
     given: dict[str, str | int | Path | None] = {"text": text, "label": label, "second": second, "data": data}
     given |= {"checkpoint": checkpoint, "noise": noise, "seed": seed, "resamples": resamples, "samples": samples}
     given |= {"batch": batch, "length": length, "errors": errors, "json": json, "lm-eval": lm_eval, "look": look}
+    given |= {"tokens": tokens}
     argv = [sys.executable, "-m", "trainer.evaluate", *map(str, models), *(["--compare"] if compare else [])]
     argv += [f"--{name}={value}" for name, value in given.items() if value is not None]
     argv += [f"--sentence={text}" for text in sentence or []]

@@ -163,6 +163,10 @@ def _material(options: argparse.Namespace, first: _Model, model: AnyModel, tempo
         return HeldOutMaterial(first.run, prepared)
     if options.data.suffix in _YAML:
         return _configured(load_config(options.data), model, temporary)
+    if model.kind == "masked":
+        raise DataError(
+            f"{model.path} is a masked model, whose score needs masks: evaluate its run, or --data CONFIG.yaml"
+        )
     if options.label is None and model.kind != "causal":
         raise DataError(f"{model.path} is a {model.kind} model: say with --label which column holds what it should say")
     columns = Columns(options.text, options.label, options.second)

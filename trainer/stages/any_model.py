@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.config.objective import Kind, ObjectiveConfig
 from trainer.errors import ConfigError, DataError
@@ -41,6 +42,7 @@ _CLASSES: dict[Kind, str] = {
     "question_answering": "AutoModelForQuestionAnswering",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
 }
 _HUGE = 1_000_000
 """`model_max_length` of a tokenizer that knows of no limit."""
@@ -81,10 +83,6 @@ class AnyModel:
 
         config = read_model_config(path)
         kind = kind or kind_of(config, path)
-        if kind not in _CLASSES:
-            raise ConfigError(
-                [("", f"{path} is a {kind} model, whose score needs the masks of its run: evaluate the run")]
-            )
         try:
             model = getattr(transformers, _CLASSES[kind]).from_pretrained(path, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -124,7 +122,6 @@ class AnyModel:
         objective = ObjectiveConfig(kind=self.kind)
         return predictions(self.model, objective, examples.batches(batches, self.tokenizer, self.length, change))
 
-    @torch.no_grad()
     def generate(
         self,
         examples: Examples,
@@ -155,12 +152,21 @@ class AnyModel:
                 return_tensors="pt",
             ).to(self.device)
             inputs.pop("token_type_ids", None)
-            out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
-            if self.kind == "causal":
-                out = out[:, inputs["input_ids"].shape[1] :]
             ids += chosen
-            written += [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+            written += self.write(inputs, tokens)
         return np.array(ids, dtype=np.int64), written
+
+    @torch.no_grad()
+    def write(self, inputs: Mapping[str, Tensor], tokens: int) -> list[str]:
+        """What it writes for each row of tokens, greedily, at most `tokens` tokens."""
+        out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
+        if self.kind == "causal":
+            out = out[:, inputs["input_ids"].shape[1] :]
+        return self.spelled(out)
+
+    def spelled(self, rows: Any) -> list[str]:
+        """Rows of tokens as texts."""
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def _likelihood(self, examples: Examples, batches: Iterator[IntArray]) -> Predictions:
         def arrays() -> Iterator[tuple[IntArray, dict[str, NDArray[Any]]]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.config.finetune import AugmentConfig
@@ -30,8 +31,6 @@ from trainer.stages.any_model import AnyModel
 from trainer.stages.examples import Examples
 from trainer.stages.held_out import documents, shown
 from trainer.stages.scoring import EMPTY, Predictions, gathered, held_out_ids, of_texts, predictions
-
-_GENERATE: tuple[Kind, ...] = ("seq2seq", "causal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,10 @@ class Material(Protocol):
         """One prediction a text, of all samples in the order of their ids."""
         ...
 
+    def generate(self, model: AnyModel, ids: Iterator[IntArray], tokens: int) -> Generated | None:
+        """What a model writes for this process's batches; None: it is not asked to."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -83,6 +86,7 @@ class Generated:
     ids: IntArray
     texts: list[str]
     truths: list[str]
+    """Empty where nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,12 @@ class FileMaterial:
     def of_texts(self, found: Predictions) -> Predictions:
         return found
 
+    def generate(self, model: AnyModel, ids: Iterator[IntArray], tokens: int) -> Generated | None:
+        if self.kind not in ("seq2seq", "causal"):
+            return None
+        own, texts = model.generate(self.examples, ids, tokens)
+        return Generated(own, texts, [self.examples.examples[number].truth or "" for number in own.tolist()])
+
 
 class HeldOutMaterial:
     """The held-out split of prepared data, in the tokens in which the run reads it."""
@@ -161,6 +171,24 @@ class HeldOutMaterial:
 
     def of_texts(self, found: Predictions) -> Predictions:
         return of_texts(found, self.samples) if isinstance(self.samples, LabelledSamples) else found
+
+    def generate(self, model: AnyModel, ids: Iterator[IntArray], tokens: int) -> Generated | None:
+        # the samples of a causal model are packed: where one is asked and where it answers, a file says
+        if self.kind != "seq2seq":
+            return None
+        chosen: list[int] = []
+        texts: list[str] = []
+        truths: list[str] = []
+        for batch in ids:
+            rows = batch[batch != EMPTY]
+            if not len(rows):
+                continue
+            arrays = trimmed(self.samples.fetch(rows), self.kind)
+            inputs = {name: torch.from_numpy(arrays[name]).to(model.device) for name in ("input_ids", "attention_mask")}
+            chosen += rows.tolist()
+            texts += model.write(inputs, tokens)
+            truths += model.spelled([labels[labels >= 0] for labels in arrays["labels"]])
+        return Generated(np.array(chosen, dtype=np.int64), texts, truths)
 
     def _batches(
         self, batches: Iterator[IntArray], augmentation: Augmentation | None, model: AnyModel
@@ -222,7 +250,7 @@ def evaluate(material: Material, model: AnyModel, title: str, options: Options) 
 
     clean = gathered(material.predict(model, ids(), {}, options.seed))
     noisy = gathered(material.predict(model, ids(), options.noise, options.seed)) if options.noise else None
-    generated = _generate(material, model, ids, options)
+    generated = _gathered(material.kind, material.generate(model, ids(), options.tokens))
     if clean is None:
         return None
     clean = aligned(material.of_texts(clean), model.names, material.names)
@@ -242,15 +270,12 @@ def evaluate(material: Material, model: AnyModel, title: str, options: Options) 
     return Result(title, clean, scores, bounds, generated, written, noisy_scores, changed, result.counts)
 
 
-def _generate(material: Material, model: AnyModel, ids: Any, options: Options) -> Generated | None:
-    if material.kind not in _GENERATE or not isinstance(material, FileMaterial):
+def _gathered(kind: Kind, own: Generated | None) -> Generated | None:
+    """What all ranks' models wrote, on rank 0. A collective."""
+    if own is None:
         return None
-    own, texts = model.generate(material.examples, ids(), options.tokens)
-    found = gathered(Predictions(material.kind, own, texts, [""] * len(texts)))
-    if found is None:
-        return None
-    truths = [material.examples.examples[number].truth or "" for number in found.ids.tolist()]
-    return Generated(found.ids, list(found.predictions), truths)
+    found = gathered(Predictions(kind, own.ids, own.texts, own.truths))
+    return None if found is None else Generated(found.ids, list(found.predictions), list(found.truths))
 
 
 def require_fit(material: Material, model: AnyModel) -> None:
