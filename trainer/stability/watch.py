@@ -24,6 +24,11 @@ PART_TUNING = Tuning("linear", floor=0.02, first=0.05, spread=0.1)
 """In units of the usual loss, since what a part adds to it is what matters: a z-loss close to 0 may double, an L2 term
 may grow for ever without noise, and a part may be negative. A sudden rise is at least 16 % of the loss."""
 
+RISING = frozenset({"r_drop", "penalty", "adversarial"})
+"""Parts that rise slowly while all goes well: the surer a model becomes, the more its passes with different dropout can
+disagree and the more there is for an adversary to gain; weights move away from where they began. What is sudden in
+them alarms; slow harm shows in the loss."""
+
 GRADIENT_RATIO = 30.0
 """Least ratio to the usual norm that alarms. Clean small runs reach 3 to 25 in single steps. Clipping and Adam make
 such a step harmless: it moves the weights no further than any other. A gradient × 500 on one of 16 ranks is above."""
@@ -110,7 +115,7 @@ class Watch:
         alarms += self._judge(GRADIENT, self._gradient, step, grad_norm, drifts=False)
         for name in sorted(parts):
             channel = self._parts.get(name) or Channel(PART_TUNING)
-            alarms += self._judge(f"{LOSS}: {name}", channel, step, parts[name], drifts=True)
+            alarms += self._judge(f"{LOSS}: {name}", channel, step, parts[name], drifts=name not in RISING)
         high, norm_high = self._scores[LOSS], self._scores[GRADIENT]
         both = high > TOGETHER[0] * self._spike and norm_high > TOGETHER[1] * self._spike
         if both and all(alarm.kind == "drift" for alarm in alarms):
