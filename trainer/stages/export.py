@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from trainer.config.schema import RunConfig
 from trainer.data.prepared import Prepared
 from trainer.data.several import SeveralPrepared
 from trainer.errors import CheckpointError, ConfigError, ExitCode, TrimtabError
-from trainer.model.build import meta_model
 from trainer.model.freezing import is_partly_frozen
 from trainer.model.save import save_model
 from trainer.stages.prepare import open_run
@@ -71,6 +71,8 @@ def export_run(
         CheckpointError: there is none or there are too few, or one is damaged.
         ConfigError: there are no adapters to write, or none that would fit the pretrained model.
     """
+    # DeepSpeed, which transformers imports, would say which device it has found
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     config = read_run_config(files.root)
     chosen = choose(files, checkpoint, average, best=config.evaluation.best)
     directories = [files.checkpoints / name for name in chosen]
@@ -85,15 +87,17 @@ def export_run(
         raise CheckpointError("the average of adapters is not that of the models they make; export one checkpoint")
     else:
         tensors = averaged_parameters(directories)
-    if is_partly_frozen(config) or _is_fixed_in_part(config, prepared):
+    manifest = read_manifest(directories[-1])
+    origin = read_layout(shard_files(directories[-1], manifest)[0][1])[1].get("origin", "")
+    if _lacks_weights(config, prepared, origin):
         # peft and what builds models take seconds to import, which other exports need not wait for
         from trainer.model.adapters import merged
+        from trainer.model.quiet import without_bars
         from trainer.stages.trained import trained_model
 
-        manifest = read_manifest(directories[-1])
-        origin = read_layout(shard_files(directories[-1], manifest)[0][1])[1].get("origin", "")
-        computed = DTYPES[manifest.precision or "fp32"]
-        model = trained_model(config, prepared, tensors, dtype=computed, origin=origin)
+        with without_bars():
+            computed = DTYPES[manifest.precision or "fp32"]
+            model = trained_model(config, prepared, tensors, dtype=computed, origin=origin)
         if adapter:
             from trainer.model.save_adapter import save_adapter
 
@@ -118,8 +122,17 @@ def export_run(
     return Exported(chosen, dtype)
 
 
-def _is_fixed_in_part(config: RunConfig, prepared: Prepared) -> bool:
-    """Whether the architecture itself has weights that are not trained, as the positions of Marian."""
+def _lacks_weights(config: RunConfig, prepared: Prepared, origin: str) -> bool:
+    """Whether a checkpoint is without some weights of its model: those that the config does not train, or that the
+    architecture never trains, as Marian its positions.
+
+    Args:
+        origin: digest in the checkpoint, of these weights; where the run is drawn to its start, of all.
+    """
+    if not origin or is_partly_frozen(config) or not config.objective.l2_start:
+        return bool(origin)
+    from trainer.model.build import meta_model
+
     model = meta_model(config, prepared.vocabulary, prepared.classes, prepared.kept)
     return not all(parameter.requires_grad for parameter in model.parameters())
 
