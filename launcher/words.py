@@ -38,6 +38,8 @@ def closing(root: Path, outcome: dict[str, Any]) -> str:
         rows.append(("held-out loss", f"{held_out:.4f} {_unit(root)}"))
     if num_incidents := len(list((root / "incidents").glob("[0-9]*/report.md"))):
         rows.append(("incidents", f"{num_incidents}, each with a report in {_path(root / 'incidents')}"))
+    if files.report.is_file():
+        rows.append(("report", _path(files.report)))
     if files.tensorboard.is_dir():
         # by itself TensorBoard keeps 1,000 points of a curve, and so drops spikes
         rows.append(("TensorBoard", f"tensorboard --logdir {_path(files.tensorboard)} {KEEP_EVERY_POINT}"))

@@ -131,14 +131,29 @@ def _start(place: Place) -> int:
         with contextlib.suppress(SupersededError):
             note_end(files, outcome, fence)
         stage.telemetry.close(outcome)
+        if ranks.is_first:
+            _report(files, config, outcome)
         raise
     outcome = stage.outcome(ending)
     if missing := stage.telemetry.close(outcome):
         raise RunDirectoryError(f"{files.ledger} lacks records of this run: {missing}; free space on its disk")
     if ranks.is_first:
+        _report(files, config, outcome)
         note_end(files, outcome, fence)
     leave()
     return orderly(outcome.exit_code)
+
+
+def _report(files: RunFiles, config: RunConfig, outcome: Outcome) -> None:
+    """The page of a run that learned a task. What fails is said and costs nothing."""
+    if config.stage != "finetune" and config.objective.kind in ("causal", "masked"):
+        return
+    from trainer.report.task import write
+
+    try:
+        write(files, config.name, outcome.message)
+    except Exception as error:  # noqa: BLE001 - telling must never stop a run
+        print(f"{files.report} could not be written: {error!r}", file=sys.stderr, flush=True)
 
 
 def take_over(files: RunFiles, ranks: Ranks) -> RunFence:

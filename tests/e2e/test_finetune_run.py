@@ -84,6 +84,9 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(workspace: 
     assert [record["step"] for record in looked] == [5, 10, 14]
     confusion = looked[-1]["confusion"]
     assert sum(map(sum, confusion)) == scores_of_texts(workspace)  # type: ignore[call-overload]
+    page = (workspace.run_dir("whole") / "report.html").read_text()
+    assert "best by f1_macro" in page
+    assert all(heading in page for heading in ("<h2>Confusion</h2>", "<h2>Worst errors</h2>", "<h2>Augmentation"))
     for changed in ("delete", "swap", "typos", "mask"):
         assert changed in (workspace.run_dir("whole") / "augmentation.md").read_text()
 

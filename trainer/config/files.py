@@ -83,6 +83,11 @@ class RunFiles:
         return self.root / "tensorboard"
 
     @property
+    def report(self) -> Path:
+        """The page of a run that learned a task."""
+        return self.root / "report.html"
+
+    @property
     def incidents(self) -> Path:
         return self.root / "incidents"
 

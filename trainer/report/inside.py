@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.records import FloatArray
+from trainer.report.web import inline, page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2430; }
-h2 { border-top: 1px solid #d5dae2; font-size: 1.05rem; margin-top: 2.2rem; padding-top: 1rem; }
-.tokens span { border-radius: 3px; padding: 1px 2px; white-space: pre-wrap; }
-.note { color: #5a6675; } img { max-width: 100%; }
-</style></head><body>
-<h1>{{ title }}</h1>
+_TEMPLATE = """
 <p class="note">Integrated gradients on word embeddings: <span style="background: rgba(31, 119, 180, .45)">blue</span>
 tokens speak for what is predicted, <span style="background: rgba(214, 39, 40, .45)">red</span> ones against it.
 What all tokens add together is the output less that of a text without content.</p>
@@ -34,9 +26,8 @@ What all tokens add together is the output less that of a text without content.<
  title="{{ token.title }}">{{ token.text }}</span> {% endfor %}</p>
 <p class="note">{{ text.note }}</p>
 {% endif %}
-{% if text.picture %}<img alt="attention by layer and head" src="data:image/png;base64,{{ text.picture }}">{% endif %}
+{% if text.picture %}<img alt="attention by layer and head" src="{{ text.picture }}">{% endif %}
 {% endfor %}
-</body></html>
 """
 _MOST_SHOWN = 48
 """Tokens of a text whose attention is drawn."""
@@ -58,10 +49,7 @@ class Inside:
 
 def write_page(path: Path, title: str, texts: Sequence[Inside]) -> None:
     """One file with everything in it."""
-    from jinja2 import Environment
-
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
-    path.write_text(template.render(title=title, texts=[_shown(text) for text in texts]), encoding="utf-8")
+    path.write_text(page(title, _TEMPLATE, texts=[_shown(text) for text in texts]), encoding="utf-8")
 
 
 def _shown(text: Inside) -> dict[str, object]:
@@ -72,7 +60,7 @@ def _shown(text: Inside) -> dict[str, object]:
             hue = "31, 119, 180" if value > 0 else "214, 39, 40"
             colour = f"rgba({hue}, {abs(value) / largest * 0.7:.3f})"
             tokens.append({"text": token, "colour": colour, "title": f"{value:+.4f}"})
-    picture = None if text.attention is None else _inline(attention_figure(text.attention))
+    picture = None if text.attention is None else inline(attention_figure(text.attention))
     return {"heading": text.heading, "tokens": tokens, "note": text.note, "picture": picture}
 
 
@@ -97,9 +85,3 @@ def attention_figure(attention: FloatArray) -> Figure:
     if shown < length:
         figure.suptitle(f"the first {shown} of {length} tokens", fontsize=8)
     return figure
-
-
-def _inline(figure: Figure) -> str:
-    target = io.BytesIO()
-    figure.savefig(target, format="png")
-    return base64.b64encode(target.getvalue()).decode()
