@@ -140,7 +140,18 @@ def test_the_example_of_a_distillation_names_its_student_and_its_teacher() -> No
     *_, student = pipeline.stages
     assert student.source == student.teacher == pipeline.root / "prose" / "export"
     assert [warning for stage in pipeline.stages for each in stage.requests for warning in each.warnings] == []
-    assert {path.name for path in EXAMPLE.parent.glob("*.yaml")} == {"small.yaml", "distil.yaml"}
+
+
+def test_the_example_of_an_encoder_goes_from_its_texts_to_their_classes() -> None:
+    pipeline = read_pipeline(EXAMPLE.with_name("sentiment-zh.yaml"), here=True)
+    assert len(pipeline.stages) == 2
+    pretrain, classify = pipeline.stages
+    assert (pretrain.after, classify.after) == ((), (pretrain.name,))
+    assert classify.source == pipeline.root / pretrain.name / "export"
+    assert [request.config.objective.kind for stage in pipeline.stages for request in stage.requests[:1]] == [
+        "masked", "classification"
+    ]  # fmt: skip
+    assert {path.name for path in EXAMPLE.parent.glob("*.yaml")} == {"small.yaml", "distil.yaml", "sentiment-zh.yaml"}
 
 
 def test_a_stage_is_a_run_with_its_own_options(ground: Ground) -> None:
