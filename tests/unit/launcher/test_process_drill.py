@@ -159,7 +159,7 @@ def test_what_is_said_is_kept_though_files_cannot_grow(tmp_path: Path) -> None:
         print("before")
         child = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1)); print('x' * 5000, flush=True)"
         with output_to(Path(sys.argv[1])):
-            print("meanwhile")
+            print("meanwhile", flush=True)
             subprocess.run([sys.executable, "-c", child], check=True)
         print("after")
     """
